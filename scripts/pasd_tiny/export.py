@@ -1,0 +1,46 @@
+"""Stage `export`: the averaged weights as a diffusers folder in fp16."""
+
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from transformers import CLIPTokenizer
+
+from pasd_tiny.diffusion import load_networks
+from pasd_tiny.latents import trained_vae
+from pasd_tiny.networks import build_networks, build_scheduler
+from pasd_tiny.training import averaged_weights, checkpoint_path
+from sdconvert.artifacts import atomic_folder, write_json_atomic
+from sdconvert.models.pasd import save_pasd
+
+_CLASSES = {
+    "controlnet": ("diffusers", "ControlNetModel"),
+    "scheduler": ("diffusers", "DDIMScheduler"),
+    "text_encoder": ("transformers", "CLIPTextModel"),
+    "tokenizer": ("transformers", "CLIPTokenizer"),
+    "unet": ("diffusers", "UNet2DConditionModel"),
+    "vae": ("diffusers", "AutoencoderKL"),
+}
+
+
+def export(seed: int, folder: Path, tokenizer: CLIPTokenizer) -> None:
+    """Write the model of the last stage that has a checkpoint; the folder's tokenizer and README are kept."""
+    finetuned = checkpoint_path("finetune").exists()
+    networks, vae = build_networks(tokenizer), trained_vae(seed, torch.device("cpu"))
+    load_networks(networks, averaged_weights("finetune" if finetuned else "diffusion"))
+    save_pasd(networks.unet.half(), networks.controlnet.half(), folder)
+    models: dict[str, Any] = {"text_encoder": networks.text_encoder, "vae": vae}
+    for name, model in models.items():
+        with atomic_folder(folder / name) as temporary:
+            model.half().save_pretrained(temporary)
+    with atomic_folder(folder / "scheduler") as temporary:
+        build_scheduler().save_pretrained(temporary)
+    index = {
+        "_class_name": "StableDiffusionControlNetPipeline",
+        "_diffusers_version": diffusers.__version__,
+    }
+    write_json_atomic(
+        index | {name: list(origin) for name, origin in _CLASSES.items()},
+        folder / "model_index.json",
+    )

@@ -1,0 +1,63 @@
+"""ControlNetModel: the stock one, and PASD's, whose `to_rgbs` heads stay outside the graph (they feed nothing)."""
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from diffusers.models.controlnets.controlnet import ControlNetModel
+from torch import Tensor, nn
+
+from sdconvert.adapters.base import AdapterRegistry, ModelAdapter, Tensors
+from sdconvert.adapters.time_projection import attach_time_projection_input, project_timestep
+from sdconvert.plugins import feeding
+
+
+@AdapterRegistry.register(ControlNetModel)
+class ControlNetModelAdapter(ModelAdapter):
+    """Graph: sample, t_emb, encoder_hidden_states, controlnet_cond → the down residuals and the mid residual.
+
+    `conditioning_scale` is a constant of the graph: that of the first call packed.
+    """
+
+    graph_name = "controlnet"
+
+    def __init__(self, model: nn.Module, conditioning_scale: float = 1.0) -> None:
+        super().__init__(model)
+        self.conditioning_scale = conditioning_scale
+
+    def pack(self, call: Mapping[str, Any]) -> Tensors:
+        """See `ModelAdapter.pack`."""
+        return {
+            "sample": call["sample"],
+            "t_emb": project_timestep(self.model, call["timestep"]),
+            "encoder_hidden_states": call["encoder_hidden_states"],
+            "controlnet_cond": call["controlnet_cond"],
+        }
+
+    def unpack(self, outputs: Tensors) -> tuple[None, list[Tensor], Tensor]:
+        """See `ModelAdapter.unpack`."""
+        *down, mid = outputs.values()
+        return None, down, mid
+
+    def graph_forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """See `ModelAdapter.graph_forward`."""
+        sample, t_emb, encoder_hidden_states, controlnet_cond = inputs
+        with feeding(self.model, t_emb=t_emb):
+            *_, down, mid = self.model(
+                sample,
+                torch.zeros(1),
+                encoder_hidden_states,
+                controlnet_cond,
+                conditioning_scale=self.conditioning_scale,
+                return_dict=False,
+            )
+        return (*down, mid)
+
+    def output_names(self, count: int) -> tuple[str, ...]:
+        """See `ModelAdapter.output_names`."""
+        return (*(f"down_block_res_sample_{k}" for k in range(count - 1)), "mid_block_res_sample")
+
+    def surgery(self) -> ExitStack:
+        """See `ModelAdapter.surgery`."""
+        return attach_time_projection_input(self.model)

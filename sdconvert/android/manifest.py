@@ -1,0 +1,90 @@
+"""`manifest.json` of a bundle: what is in it, for which SoCs, and what the graphs must answer."""
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, StringConstraints, model_validator
+
+NAME = r"[A-Za-z0-9_]+"
+"""Graph and tensor names: the runners rewrite any other character, and then find no file under the name."""
+SAMPLE_ID = r"[A-Za-z0-9_][A-Za-z0-9_.-]*"
+
+Name = Annotated[str, StringConstraints(pattern=f"^{NAME}$")]
+SampleId = Annotated[str, StringConstraints(pattern=f"^{SAMPLE_ID}$")]
+Role = Literal["context", "epcontext", "input", "input_list", "expected_fp32", "expected_sim"]
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class SocRecord(_Record):
+    """A SoC as read back from the contexts compiled for it; `name` is what the user asked for."""
+
+    name: Name
+    soc_model: int
+    soc_type: str
+    arch: int
+    min_arch: int
+    vtcm_mb: int
+    hvx_threads: int
+
+
+class TensorRecord(_Record):
+    """One graph input or output: raw float32, little endian, NCHW."""
+
+    name: Name
+    dtype: Literal["float32"]
+    shape: tuple[int, ...]
+
+
+class GraphRecord(_Record):
+    """One graph compiled for one SoC; `context` and `epcontext` are paths in the bundle."""
+
+    name: Name
+    soc: Name
+    context: str
+    epcontext: str
+    inputs: tuple[TensorRecord, ...]
+    outputs: tuple[TensorRecord, ...]
+
+
+class SampleRecord(_Record):
+    """One test input of one graph."""
+
+    id: SampleId
+    graph: Name
+
+
+class FileRecord(_Record):
+    """Checksum and size of one file, and what it is there for."""
+
+    sha256: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+    bytes: int
+    role: Role
+
+
+class Manifest(_Record):
+    """The bundle's table of contents; `files` lists every file but the manifest and `sums.txt`."""
+
+    schema_version: Literal[1] = 1
+    model: str
+    qairt: str
+    """Build of the compiler; the device's runtime must not be older."""
+    socs: tuple[SocRecord, ...]
+    graphs: tuple[GraphRecord, ...]
+    scheduler: dict[str, Any]
+    """Class, configuration and timesteps of the sampler that calls the graphs."""
+    samples: tuple[SampleRecord, ...]
+    metrics: dict[str, Any]
+    """Figures expected of the graphs, as measured before shipping."""
+    files: dict[str, FileRecord]
+
+    @model_validator(mode="after")
+    def _references_resolve(self) -> Self:
+        socs, graphs = {soc.name for soc in self.socs}, {graph.name for graph in self.graphs}
+        loose = [f"soc {graph.soc}" for graph in self.graphs if graph.soc not in socs]
+        loose += [f"file {path}" for g in self.graphs for path in (g.context, g.epcontext) if path not in self.files]
+        loose += [f"graph {sample.graph}" for sample in self.samples if sample.graph not in graphs]
+        if loose:
+            raise ValueError(f"refers to what it does not list: {', '.join(loose)}")
+        return self

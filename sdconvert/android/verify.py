@@ -1,0 +1,153 @@
+"""Read a bundle, folder or tar, and believe nothing in it that can be recomputed.
+
+The device's loader notices neither flipped bytes nor a context for another SoC; these checks are the ones there are.
+"""
+
+import hashlib
+import mmap
+import tarfile
+from collections.abc import Iterator
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from sdconvert.android.manifest import Manifest
+from sdconvert.errors import CompileError, UsageError
+from sdconvert.qnn.artifact import parse_context_info
+
+_SHOWN = 10
+_UNLISTED = {"manifest.json", "sums.txt"}
+
+
+def verify_bundle(path: Path) -> Manifest:
+    """Recompute every checksum and size, and compare contexts and tensors with the manifest.
+
+    Raises:
+        UsageError: It is no bundle, or files are missing, foreign, damaged, of another SoC or of the wrong size; the
+            message names them.
+    """
+    files = _open(path)
+    manifest = _manifest(path, files)
+    problems = [*_sum_problems(manifest, files), *_context_problems(manifest, files), *_tensor_problems(manifest)]
+    if problems:
+        shown = "\n".join(f"  {problem}" for problem in problems[:_SHOWN])
+        more = f"\n  and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
+        raise UsageError(f"bundle `{path}` is damaged:\n{shown}{more}", hint="package it again")
+    return manifest
+
+
+def describe_bundle(path: Path) -> dict[str, Any]:
+    """Return a summary of a bundle as JSON-able data: model, build, SoCs, graphs with sizes, samples, figures.
+
+    Raises:
+        UsageError: It is no bundle.
+    """
+    manifest = _manifest(path, _open(path))
+    return {
+        "model": manifest.model,
+        "qairt": manifest.qairt,
+        "socs": [soc.model_dump() for soc in manifest.socs],
+        "graphs": [
+            {
+                "name": graph.name,
+                "soc": graph.soc,
+                "context_bytes": manifest.files[graph.context].bytes,
+                "inputs": {tensor.name: list(tensor.shape) for tensor in graph.inputs},
+                "outputs": {tensor.name: list(tensor.shape) for tensor in graph.outputs},
+            }
+            for graph in manifest.graphs
+        ],
+        "samples": [sample.id for sample in manifest.samples],
+        "metrics": manifest.metrics,
+        "files": len(manifest.files) + len(_UNLISTED),
+        "bytes": sum(file.bytes for file in manifest.files.values()),
+    }
+
+
+def _open(path: Path) -> dict[str, memoryview]:
+    """Map every file of a bundle into memory, by its path in the bundle; a tar is not unpacked."""
+    if path.is_dir():
+        return {x.relative_to(path).as_posix(): _map(x) for x in sorted(path.rglob("*")) if x.is_file()}
+    if not path.is_file():
+        raise UsageError(f"no bundle at `{path}`", hint="give a bundle's folder or its .tar")
+    view = _map(path)
+    try:
+        with tarfile.open(path, "r:") as archive:
+            members = [member for member in archive if member.isfile()]
+    except tarfile.TarError as error:
+        raise UsageError(f"`{path}` is no readable tar: {error}", hint="copy it again, or package it again") from error
+    return {m.name.partition("/")[2]: view[m.offset_data : m.offset_data + m.size] for m in members}
+
+
+def _map(path: Path) -> memoryview:
+    if path.stat().st_size == 0:
+        return memoryview(b"")
+    with path.open("rb") as file:
+        return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+
+
+def _manifest(path: Path, files: dict[str, memoryview]) -> Manifest:
+    if "manifest.json" not in files:
+        raise UsageError(f"`{path}` has no manifest.json", hint="give a bundle's folder or its .tar")
+    try:
+        return Manifest.model_validate_json(bytes(files["manifest.json"]))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "the whole file"
+        raise UsageError(
+            f"manifest.json of `{path}` is damaged: {where}: {first['msg']}", hint="package it again"
+        ) from error
+
+
+def _sum_problems(manifest: Manifest, files: dict[str, memoryview]) -> Iterator[str]:
+    listed = manifest.files.keys() | _UNLISTED
+    yield from (f"{name}: missing" for name in sorted(listed - files.keys()))
+    yield from (f"{name}: not in the manifest" for name in sorted(files.keys() - listed))
+    sums = {name: hashlib.sha256(view).hexdigest() for name, view in files.items() if name != "sums.txt"}
+    for name, record in manifest.files.items():
+        if name in sums and sums[name] != record.sha256:
+            found = f"{len(files[name])} bytes with sha256 {sums[name]}"
+            yield f"{name}: {found}, should be {record.bytes} with {record.sha256}"
+        elif name in files and len(files[name]) != record.bytes:
+            yield f"{name}: {len(files[name])} bytes, the manifest says {record.bytes}"
+    # sums.txt vouches for the manifest, and the device trusts it alone.
+    written = "".join(f"{sums[name]}  {name}\n" for name in sorted(sums)).encode()
+    if "sums.txt" in files and files["sums.txt"] != written:
+        yield "sums.txt: does not list the files as they are (it or manifest.json or another file was changed)"
+
+
+def _context_problems(manifest: Manifest, files: dict[str, memoryview]) -> Iterator[str]:
+    socs = {soc.name: soc for soc in manifest.socs}
+    for graph in manifest.graphs:
+        if graph.context not in files:
+            continue
+        try:
+            info = parse_context_info(files[graph.context], graph.context)
+        except CompileError as error:
+            yield f"{graph.context}: {error.args[0]}"
+            continue
+        soc = socs[graph.soc]
+        for key in ("soc_type", "arch", "min_arch", "vtcm_mb", "hvx_threads"):
+            if getattr(info, key) != getattr(soc, key):
+                yield f"{graph.context}: says {key} = {getattr(info, key)}, the manifest {getattr(soc, key)}"
+        if info.qairt != manifest.qairt:
+            yield f"{graph.context}: says QAIRT {info.qairt}, the manifest {manifest.qairt}"
+
+
+def _tensor_problems(manifest: Manifest) -> Iterator[str]:
+    graphs = {graph.name: graph for graph in manifest.graphs}
+    for sample in manifest.samples:
+        graph = graphs[sample.graph]
+        wanted = {f"inputs/{sample.id}/{tensor.name}.raw": tensor for tensor in graph.inputs}
+        for tensor in graph.outputs:
+            wanted[f"expected/{sample.id}/{tensor.name}.fp32.raw"] = tensor
+            simulated = (f"expected/{sample.id}/{tensor.name}.sim.{soc.name}.raw" for soc in manifest.socs)
+            wanted |= {name: tensor for name in simulated if name in manifest.files}
+        for name, tensor in wanted.items():
+            nbytes = 4 * prod(tensor.shape)
+            if name not in manifest.files:
+                yield f"{name}: not in the manifest, but sample `{sample.id}` needs it"
+            elif manifest.files[name].bytes != nbytes:
+                yield f"{name}: {manifest.files[name].bytes} bytes, its shape {list(tensor.shape)} says {nbytes}"

@@ -1,0 +1,113 @@
+"""`sdconvert convert` and the commands that walk the same road up to one stage."""
+
+import json
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from sdconvert.cli.session import Session, Table
+from sdconvert.errors import QualityGateError
+
+RecipeArgument = Annotated[str, typer.Argument(help="A YAML file, or the name of a recipe that ships with sdconvert.")]
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Replace one value of the recipe: `a.b=c`.")
+]
+FreshOption = Annotated[bool, typer.Option("--fresh", help="Redo every stage, even where nothing changed.")]
+SocOption = Annotated[list[str] | None, typer.Option(metavar="NAME", help="Target SoC instead of the recipe's.")]
+BuildOption = Annotated[Path, typer.Option(help="Folder of all runs.")]
+FromOption = Annotated[str | None, typer.Option("--from", metavar="STAGE", help="First stage to bring up to date.")]
+ToOption = Annotated[str | None, typer.Option("--to", metavar="STAGE", help="Last stage to bring up to date.")]
+
+STAGE_COMMANDS = {
+    "calibrate": ("calibration", "Run up to calibration: graph inputs recorded from the pipeline."),
+    "quantize": ("quantize", "Run up to quantization: ranges, encodings and the quantized weights."),
+    "export": ("export", "Run up to export: ONNX files with Q/DQ nodes."),
+    "compile": ("qnn", "Run up to compilation: a context binary per graph and SoC."),
+    "package": ("android", "Run up to packaging: the bundle for the phone."),
+    "report": ("report", "Run up to the report: pictures, plots and tables."),
+}
+
+
+def convert(
+    ctx: typer.Context,
+    recipe: RecipeArgument = "pasd_tiny",
+    set_: SetOption = None,
+    from_: FromOption = None,
+    to: ToOption = None,
+    fresh: FreshOption = False,
+    soc: SocOption = None,
+    build: BuildOption = Path("build"),
+) -> None:
+    """Convert a checkpoint into a bundle: bring every stage of the road up to date."""
+    _walk(ctx.obj, recipe, set_, soc, build, from_=from_, to=to, fresh=fresh)
+
+
+def stage_command(to: str, summary: str) -> Callable[..., None]:
+    """Make the command that walks the road up to the stage `to`."""
+
+    def command(
+        ctx: typer.Context,
+        recipe: RecipeArgument = "pasd_tiny",
+        set_: SetOption = None,
+        fresh: FreshOption = False,
+        soc: SocOption = None,
+        build: BuildOption = Path("build"),
+    ) -> None:
+        _walk(ctx.obj, recipe, set_, soc, build, from_=None, to=to, fresh=fresh)
+
+    command.__doc__ = summary
+    return command
+
+
+def _walk(
+    session: Session,
+    recipe_name: str,
+    overrides: list[str] | None,
+    socs: list[str] | None,
+    build: Path,
+    *,
+    from_: str | None,
+    to: str | None,
+    fresh: bool,
+) -> None:
+    from sdconvert.android.artifact import BUNDLE
+    from sdconvert.artifacts import RunFolder
+    from sdconvert.cli.progress import open_progress
+    from sdconvert.cli.road import ROAD, load_road
+    from sdconvert.config import load_recipe
+    from sdconvert.stages import find_stage, run_stages
+
+    changes = [*(overrides or []), *([f"qnn.socs={json.dumps(socs)}"] if socs else [])]
+    recipe = load_recipe(recipe_name, changes)
+    length = find_stage(to, list(ROAD)) + 1 if to else len(ROAD)
+    run = RunFolder(build / recipe.name)
+    with open_progress(session.progress) as progress:
+        outcomes = run_stages(recipe, run, load_road(length), from_=from_, to=to, fresh=fresh, progress=progress)
+    report = run.stage_folder("80-report") / "report.html"
+    if length < len(ROAD):
+        again = [part for change in changes for part in ("--set", change)]
+        place = [] if build == Path("build") else ["--build", str(build)]
+        following = shlex.join(["sdconvert", "convert", recipe_name, *again, *place])
+    else:
+        following = shlex.join(["sdconvert", "inspect", str(run.stage_folder("70-android") / BUNDLE)])
+    data = {
+        "recipe": recipe.name,
+        "run": str(run.root),
+        "stages": [vars(outcome) for outcome in outcomes],
+        "report": str(report) if length == len(ROAD) else None,
+        "next": following,
+    }
+    rows = [(o.stage, o.state, _note(o.why, o.metrics), f"{o.seconds:.1f}") for o in outcomes]
+    lines = [f"report: {report}"] if length == len(ROAD) else []
+    table = Table(("stage", "result", "note", "seconds"), rows, right=("seconds",))
+    session.show(data, table, *lines, f"next:   {following}")
+    if missed := [gate for outcome in outcomes for gate in outcome.metrics.get("missed_gates", [])]:
+        raise QualityGateError(f"missed: {'; '.join(missed)}", hint="see the report for the layers that lose most")
+
+
+def _note(why: str, metrics: dict[str, Any]) -> str:
+    note = metrics.get("note")
+    return f"{note} ({why})" if note else why

@@ -1,0 +1,256 @@
+"""The recipe: everything that a run may be told, as frozen models that refuse what they do not know.
+
+The string under a field is its documentation; `sdconvert config schema` shows it. This file imports no torch, so that
+a mistyped recipe is refused at once.
+"""
+
+import difflib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails
+
+from sdconvert.errors import RecipeError
+
+RECIPES = Path(__file__).parent / "recipes"
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+
+
+class CheckpointSection(_Section):
+    """What is converted."""
+
+    path: str = "asset:pasd_tiny"
+    """A diffusers folder, or `asset:NAME` for a model that ships with sdconvert."""
+
+
+class PipelineSection(_Section):
+    """How the model samples, in calibration, evaluation and report alike."""
+
+    num_inference_steps: int = Field(default=4, ge=1)
+    """Denoising steps of the sampler."""
+    guidance_scale: float = Field(default=1.0, ge=0)
+    """Classifier-free guidance; 1 runs the model once per step, anything else twice."""
+    conditioning_scale: float = Field(default=1.0, ge=0)
+    """Weight of the ControlNet's residuals."""
+    prompt: str = "clean, high-resolution, 8k"
+    """What the picture should be."""
+    negative_prompt: str = "blurry, dotted, noise, raster lines, unclear, lowres, over-smoothed"
+    """What it should not be; has a say only with guidance."""
+    seed: int = Field(default=0, ge=0)
+    """Seed of the initial noise and of the degradation."""
+    upscale: int = Field(default=4, ge=1)
+    """Factor from the low-resolution picture to the result."""
+    latent_tile: int = Field(default=32, ge=8)
+    """Side of the square latent tile that one graph sees, in latent pixels."""
+    latent_overlap: int = Field(default=8, ge=0)
+    """Overlap of neighbouring tiles, in latent pixels."""
+
+    @model_validator(mode="after")
+    def _tiles_advance(self) -> Self:
+        if self.latent_overlap >= self.latent_tile:
+            raise ValueError(f"latent_overlap {self.latent_overlap} must be smaller than latent_tile {self.latent_tile}")
+        return self
+
+
+class CalibrationSection(_Section):
+    """Which photographs the ranges are measured on, and which ones the result is judged on."""
+
+    photographs: tuple[str, ...] = Field(default=("astronaut", "coffee", "rocket", "flower"), min_length=1)
+    """Photographs that ship with sdconvert, by name, or paths of pictures."""
+    crops_per_photograph: int = Field(default=2, ge=1)
+    """Random crops of one tile taken from each photograph."""
+    held_out: tuple[str, ...] = Field(default=("chelsea", "china"), min_length=1)
+    """Photographs for evaluation and report; none of them may calibrate."""
+
+    @model_validator(mode="after")
+    def _held_out_is_held_out(self) -> Self:
+        if both := set(self.photographs) & set(self.held_out):
+            raise ValueError(f"{', '.join(sorted(both))} stands in both photographs and held_out")
+        return self
+
+
+class QuantizeSection(_Section):
+    """Bit widths and rounding of the quantized model."""
+
+    weight_bitwidth: Literal[4, 8, 16] = 8
+    """Bits per weight of convolutions and linear layers."""
+    activation_bitwidth: Literal[8, 16] = 16
+    """Bits per activation."""
+    per_channel: bool = True
+    """One weight scale per output channel instead of one per tensor."""
+    adaround: bool = False
+    """Learn the rounding of the weights (Nagel et al., "Up or Down?", 2020) instead of rounding to nearest."""
+
+
+class Mha2ShaSection(_Section):
+    """How attention is split into single heads."""
+
+    activation_encodings: Literal["inherit"] = "inherit"
+    """`inherit` gives every head the ranges measured for the whole attention."""
+
+
+class ExportSection(_Section):
+    """The ONNX files."""
+
+    opset: int = Field(default=21, ge=21)
+    """ONNX operator set; 16-bit Q/DQ needs 21."""
+
+
+class QnnSection(_Section):
+    """Compilation for the Hexagon NPU."""
+
+    socs: tuple[str, ...] = Field(default=("SM8650",), min_length=1)
+    """Target systems-on-chip; each gets its own context binaries."""
+    finalization_mode: Literal[2, 3] = 3
+    """Effort of the HTP compiler: 3 searches longest."""
+
+
+class GatesSection(_Section):
+    """Figures below which a run fails with exit code 4."""
+
+    simulator_vs_fp32_db: float = 35.0
+    """SQNR in dB of each graph's outputs in the HTP simulator against fp32."""
+    simulator_vs_quantized_db: float = 45.0
+    """SQNR in dB of the same outputs against the quantized torch model."""
+    image_psnr_db: float = 38.0
+    """PSNR in dB (data range 1) of the quantized model's final picture against the fp32 one."""
+
+
+class Recipe(_Section):
+    """One conversion, from checkpoint to bundle."""
+
+    schema_version: Literal[1] = 1
+    """Version of this format."""
+    name: str = Field(default="pasd_tiny", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Names the run folder below the build folder."""
+    checkpoint: CheckpointSection = CheckpointSection()
+    pipeline: PipelineSection = PipelineSection()
+    calibration: CalibrationSection = CalibrationSection()
+    quantize: QuantizeSection = QuantizeSection()
+    mha2sha: Mha2ShaSection = Mha2ShaSection()
+    export: ExportSection = ExportSection()
+    qnn: QnnSection = QnnSection()
+    gates: GatesSection = GatesSection()
+
+
+def load_recipe(path_or_name: str | Path, overrides: list[str] | None = None) -> Recipe:
+    """Read a recipe and apply overrides to it.
+
+    Args:
+        path_or_name: A YAML file, or the name of a recipe that ships with sdconvert.
+        overrides: `section.key=value` each, the value in YAML.
+
+    Raises:
+        RecipeError: No such recipe, no YAML, an unknown or repeated key, a value out of range; the message says where.
+    """
+    path = _find(path_or_name)
+    content, origins = _parse(path)
+    for override in overrides or []:
+        _override(content, origins, override)
+    try:
+        # As JSON, strict mode takes lists for tuples, and still no text for numbers.
+        return Recipe.model_validate_json(json.dumps(content, default=str))
+    except ValidationError as error:
+        raise _explain(error.errors(include_url=False)[0], origins, path) from error
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """Return the recipe with every default filled in, as YAML that `load_recipe` reads."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
+
+
+def did_you_mean(wrong: str, known: list[str]) -> str:
+    """Return a hint that names the nearest known words, or all of them where none is near."""
+    near = difflib.get_close_matches(wrong, known, n=3, cutoff=0.5)
+    return f"did you mean {' or '.join(f'`{word}`' for word in near)}?" if near else f"known: {', '.join(known)}"
+
+
+def _find(path_or_name: str | Path) -> Path:
+    path = Path(path_or_name)
+    if path.suffix in (".yaml", ".yml") or path.is_file():
+        if not path.is_file():
+            raise RecipeError(f"recipe `{path}` does not exist", hint="check the path, or give a name without suffix")
+        return path
+    known = sorted(file.stem for file in RECIPES.glob("*.yaml"))
+    if str(path_or_name) not in known:
+        raise RecipeError(f"no recipe is called `{path_or_name}`", hint=did_you_mean(str(path_or_name), known))
+    return RECIPES / f"{path_or_name}.yaml"
+
+
+def _parse(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """Read a mapping and remember where each dotted key stands."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        content = yaml.safe_load(text)
+        root = yaml.compose(text, yaml.SafeLoader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RecipeError(f"`{path}` is no valid YAML: {error}", hint="check indentation and colons") from error
+    if not isinstance(content, dict):
+        raise RecipeError(f"`{path}` holds no mapping", hint="see `sdconvert config show` for a complete recipe")
+    origins: dict[str, str] = {}
+    for key, node in _keys(root, ""):
+        place = f"`{path}` line {node.start_mark.line + 1}"
+        if key in origins:
+            raise RecipeError(f"{place}: `{key}` is given twice", hint=f"it stands already in {origins[key]}")
+        origins[key] = place
+    return content, origins
+
+
+def _keys(node: yaml.Node | None, prefix: str) -> Iterator[tuple[str, yaml.Node]]:
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            name = f"{prefix}{key.value}"
+            yield name, key
+            yield from _keys(value, f"{name}.")
+
+
+def _override(content: dict[str, Any], origins: dict[str, str], override: str) -> None:
+    dotted, equals, text = override.partition("=")
+    *sections, key = dotted.strip().split(".")
+    if not equals or not key:
+        raise RecipeError(f"`--set {override}` is no assignment", hint="write --set section.key=value")
+    for section in sections:
+        content = content.setdefault(section, {})
+        if not isinstance(content, dict):
+            raise RecipeError(f"`--set {override}`: `{section}` is no section", hint="see `sdconvert config show`")
+    try:
+        content[key] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"`--set {override}`: the value is no YAML", hint="quote it as in a YAML file") from error
+    origins[dotted.strip()] = f"`--set {override}`"
+
+
+def _explain(error: ErrorDetails, origins: dict[str, str], path: Path) -> RecipeError:
+    names = [str(part) for part in error["loc"]]
+    dotted = ".".join(names)
+    # A bad list element or a section's own check stands where its nearest named parent stands.
+    places = (origins.get(".".join(names[:length])) for length in range(len(names), 0, -1))
+    place = next((found for found in places if found), f"`{path}`")
+    if error["type"] != "extra_forbidden":
+        found = "" if isinstance(error["input"], dict) else f", found {error['input']!r}"
+        message = error["msg"].removeprefix("Value error, ").removeprefix("Input ")
+        return RecipeError(f"{place}: `{dotted}`: {message}{found}", hint="see `sdconvert config schema`")
+    everywhere = {key.rpartition(".")[2]: key for key in _all_keys(Recipe)}
+    *parents, wrong = names
+    section: Any = Recipe
+    for parent in parents:
+        section = section.model_fields[parent].annotation
+    hint = did_you_mean(wrong, list(section.model_fields))
+    if wrong in everywhere:
+        hint = f"did you mean `{everywhere[wrong]}`?"
+    return RecipeError(f"{place}: unknown key `{dotted}`", hint=hint)
+
+
+def _all_keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    for name, field in model.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from _all_keys(field.annotation, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}"

@@ -1,0 +1,1 @@
+"""The doors for data: weights (`tensors`) and pictures (`images`)."""

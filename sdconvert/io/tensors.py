@@ -1,0 +1,173 @@
+"""The one reader and writer of weights: safetensors, and torch's pickles restricted to tensors.
+
+Whatever is wrong with a file ends in a `CheckpointError` that names it; whatever is written is written whole.
+"""
+
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from sdconvert.artifacts import atomic_file, disk_full, is_disk_full
+from sdconvert.errors import CheckpointError, UsageError
+
+_PICKLES = (".bin", ".pt", ".pth")
+_SUFFIXES = (".safetensors", *_PICKLES)
+
+
+def load_tensors(path: Path, *, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    """Read all tensors of a weights file onto the CPU, memory-mapped where the format allows it.
+
+    Args:
+        path: A `.safetensors` file, or a `.bin`, `.pt` or `.pth` file that holds a flat dict of tensors.
+        dtype: Floating-point tensors are cast to it; integers keep their type.
+
+    Raises:
+        CheckpointError: The file is missing, damaged, or something else than weights.
+    """
+    _require_weights_file(path)
+    if path.suffix == ".safetensors":
+        try:
+            tensors = load_file(path)
+        except SafetensorError as error:
+            raise _damaged(path, error) from error
+    else:
+        tensors = _load_pickle(path, device="cpu")
+    if dtype is None:
+        return tensors
+    return {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
+
+
+def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Read the shape of every tensor in a weights file without reading its data.
+
+    Raises:
+        CheckpointError: As `load_tensors`.
+    """
+    _require_weights_file(path)
+    if path.suffix != ".safetensors":
+        return {name: tuple(tensor.shape) for name, tensor in _load_pickle(path, device="meta").items()}
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise _damaged(path, error) from error
+
+
+def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
+    """Write tensors to `path`, whole or not at all, in the format of its suffix.
+
+    Tensors that share memory are written once each, so that loading gives independent tensors.
+
+    Args:
+        tensors: Any layout and device.
+        path: Ends in `.safetensors`, `.bin`, `.pt` or `.pth`.
+        metadata: Text kept in the header; safetensors only.
+
+    Raises:
+        UsageError: The suffix is unknown, or `metadata` is given for a format that has no place for it.
+        EnvironmentProblem: The disk is full.
+    """
+    if path.suffix not in _SUFFIXES:
+        raise UsageError(f"`{path}` has no suffix of a weights file", hint=f"use one of {', '.join(_SUFFIXES)}")
+    if metadata and path.suffix != ".safetensors":
+        raise UsageError(f"`{path}`: {path.suffix} files hold no metadata", hint="write .safetensors")
+    own = _independent(tensors)
+    with atomic_file(path) as temporary:
+        try:
+            if path.suffix == ".safetensors":
+                save_file(own, temporary, metadata=dict(metadata) if metadata else None)
+            else:
+                # Through a Python file the system's error survives; given a path, torch reports "unexpected pos".
+                with temporary.open("wb") as file:
+                    torch.save(own, file)
+        except (SafetensorError, RuntimeError) as error:
+            if is_disk_full(error):
+                raise disk_full(path.parent) from error
+            raise
+
+
+def weights_file(folder: Path, stem: str = "diffusion_pytorch_model") -> Path:
+    """Find `<stem>.safetensors` or `<stem>.bin` in a model folder; safetensors wins.
+
+    Args:
+        folder: A component folder of a diffusers or transformers checkpoint.
+        stem: `diffusion_pytorch_model`; for transformers, `model` also finds `pytorch_model.bin`.
+
+    Raises:
+        CheckpointError: No such folder or file; the message lists what is there.
+    """
+    if not folder.is_dir():
+        raise CheckpointError(f"`{folder}` is not a folder", hint="give the folder that holds config.json and weights")
+    pickle_stem = "pytorch_model" if stem == "model" else stem
+    names = (f"{stem}.safetensors", f"{pickle_stem}.bin")
+    for name in names:
+        if (folder / name).is_file():
+            return folder / name
+    there = ", ".join(sorted(entry.name for entry in folder.iterdir())) or "nothing"
+    raise CheckpointError(
+        f"`{folder}` holds neither {names[0]} nor {names[1]}; it holds {there}",
+        hint="download the weights of this component, or name the right folder",
+    )
+
+
+def _require_weights_file(path: Path) -> None:
+    if path.suffix not in _SUFFIXES:
+        raise CheckpointError(f"`{path}` is no weights file", hint=f"known suffixes: {', '.join(_SUFFIXES)}")
+    if not path.is_file():
+        what = "is a folder" if path.is_dir() else "does not exist"
+        raise CheckpointError(f"weights file `{path}` {what}", hint="check the path, or download the file again")
+
+
+def _load_pickle(path: Path, device: str) -> dict[str, Tensor]:
+    try:
+        # Only torch's zip format can be mapped; files from before torch 1.6 are read into memory.
+        content = torch.load(path, map_location=device, mmap=_is_zip(path), weights_only=True)
+    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError) as error:
+        raise _damaged(path, error) from error
+    found = type(content).__name__
+    if isinstance(content, Mapping):
+        wrong = [f"{name!r} is a {type(value).__name__}" for name, value in content.items() if _not_entry(name, value)]
+        if not wrong:
+            return dict(content)
+        found = f"{len(content)} entries, of which {', '.join(wrong[:3])}"
+    raise CheckpointError(
+        f"`{path}` holds no flat dict of tensors but {found}",
+        hint="save the model's `state_dict()` alone: torch.save(model.state_dict(), path)",
+    )
+
+
+def _not_entry(name: object, value: object) -> bool:
+    return not (isinstance(name, str) and isinstance(value, Tensor))
+
+
+def _is_zip(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(2) == b"PK"
+
+
+def _damaged(path: Path, error: Exception) -> CheckpointError:
+    reason = str(error).strip().splitlines()
+    return CheckpointError(
+        f"`{path}` ({path.stat().st_size} bytes) cannot be read as {path.suffix}: {reason[0] if reason else 'it ends early'}",
+        hint="the file is truncated, damaged or of another format: copy or download it again",
+    )
+
+
+def _independent(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Make every tensor contiguous, alone in its storage, and detached; copy only those that are not."""
+    seen: set[tuple[torch.device, int]] = set()
+    own = {}
+    for name, tensor in tensors.items():
+        tensor = tensor.detach().contiguous()
+        storage = tensor.untyped_storage()
+        key = (tensor.device, storage.data_ptr())
+        if key in seen or storage.nbytes() != tensor.nbytes:
+            tensor = tensor.clone()
+        seen.add(key)
+        own[name] = tensor
+    return own

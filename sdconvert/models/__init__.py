@@ -1,0 +1,1 @@
+"""Networks that diffusers does not have, made from those that it has."""

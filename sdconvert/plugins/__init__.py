@@ -1,0 +1,26 @@
+"""Surgery on models: four shapes of plugins that attach to a model, and leave it without trace or become part of it."""
+
+from sdconvert.plugins.base import BasePluginBlock, feeding
+from sdconvert.plugins.check import require_fused
+from sdconvert.plugins.errors import ExecutionOrderError, PluginNameError
+from sdconvert.plugins.group import PluginGroup
+from sdconvert.plugins.linked import MultiPluginBlock, PluginBlock
+from sdconvert.plugins.patch import PatchPluginBlock, PatchPluginContainer
+from sdconvert.plugins.selectors import LayerMatch, match_layers
+from sdconvert.plugins.single import SinglePluginBlock
+
+__all__ = [
+    "BasePluginBlock",
+    "ExecutionOrderError",
+    "LayerMatch",
+    "MultiPluginBlock",
+    "PatchPluginBlock",
+    "PatchPluginContainer",
+    "PluginBlock",
+    "PluginGroup",
+    "PluginNameError",
+    "SinglePluginBlock",
+    "feeding",
+    "match_layers",
+    "require_fused",
+]

@@ -1,0 +1,86 @@
+"""What the qnn stage leaves for later stages: contexts by graph and SoC, and the figures measured on them.
+
+`qnn.json` at the root of the folder lists them; paths in it are relative, so the folder may move.
+"""
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from sdconvert.artifacts import write_json_atomic
+from sdconvert.errors import PreconditionError
+from sdconvert.qnn.context import Context, TensorSpec
+from sdconvert.qnn.info import ContextInfo, check_context_info, parse_context_info
+from sdconvert.qnn.soc import Soc, find_soc
+
+__all__ = [
+    "Context",
+    "ContextInfo",
+    "QnnArtifact",
+    "Soc",
+    "TensorSpec",
+    "check_context_info",
+    "find_soc",
+    "parse_context_info",
+]
+
+_FILE = "qnn.json"
+
+
+class QnnArtifact:
+    """The contexts and figures in a folder of the qnn stage.
+
+    Raises:
+        PreconditionError: The folder holds no `qnn.json`.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        if not (folder / _FILE).is_file():
+            raise PreconditionError(f"`{folder}` holds no compiled contexts", hint="run the qnn stage first")
+
+    @classmethod
+    def write(cls, folder: Path, contexts: Iterable[Context], figures: Mapping[str, Any]) -> "QnnArtifact":
+        """Record contexts, whose files lie under `folder`, and JSON-able figures measured on them."""
+        records = []
+        for context in contexts:
+            paths = {key: getattr(context, key).relative_to(folder).as_posix() for key in ("bin", "ctx_onnx")}
+            records.append(asdict(context) | paths | {"soc": context.soc.name})
+        write_json_atomic({"contexts": records, "figures": dict(figures)}, folder / _FILE)
+        return cls(folder)
+
+    @cached_property
+    def _content(self) -> dict[str, Any]:
+        content: dict[str, Any] = json.loads((self.folder / _FILE).read_text(encoding="utf-8"))
+        return content
+
+    @property
+    def figures(self) -> dict[str, Any]:
+        """What the stage measured, as it wrote it."""
+        figures: dict[str, Any] = self._content["figures"]
+        return figures
+
+    @cached_property
+    def contexts(self) -> dict[tuple[str, str], Context]:
+        """Every compiled context by graph and SoC name."""
+        found = (self._context(record) for record in self._content["contexts"])
+        return {(context.graph, context.soc.name): context for context in found}
+
+    def _context(self, record: dict[str, Any]) -> Context:
+        def specs(key: str) -> tuple[TensorSpec, ...]:
+            return tuple(TensorSpec(x["name"], x["dtype"], tuple(x["shape"])) for x in record[key])
+
+        return Context(
+            **record
+            | {
+                "soc": find_soc(record["soc"]),
+                "bin": self.folder / record["bin"],
+                "ctx_onnx": self.folder / record["ctx_onnx"],
+                "info": ContextInfo(**record["info"]),
+                "inputs": specs("inputs"),
+                "outputs": specs("outputs"),
+            }
+        )

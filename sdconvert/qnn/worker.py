@@ -1,0 +1,35 @@
+"""One compile in a process of its own: `python -m sdconvert.qnn.worker ONNX CTX_ONNX RESULT SOC_MODEL MODE`.
+
+QNN logs to both standard streams, keeps gigabytes until the process ends, and names the nodes that it refuses only in
+its log; a process gives the log a file, the memory back and a peak that belongs to this graph alone.
+"""
+
+import json
+import os
+import re
+import sys
+import time
+from pathlib import Path
+
+from sdconvert.qnn.session import compiling_session
+
+
+def _peak_rss_bytes() -> int:
+    # VmHWM starts anew at exec; getrusage's maximum is inherited from the process that forked.
+    match = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    return int(match[1]) * 1024 if match else 0
+
+
+def main(arguments: list[str]) -> None:
+    """Compile as told and write `{"seconds", "peak_rss_bytes"}` as JSON to RESULT; paths are absolute."""
+    onnx, ctx_onnx, result, soc_model, mode = arguments
+    start = time.perf_counter()
+    # The graph's name inside of the context is a hash of the path as given: a bare name gives the same bytes anywhere.
+    os.chdir(Path(onnx).parent)
+    compiling_session(Path(Path(onnx).name), Path(ctx_onnx), int(soc_model), int(mode))
+    seconds = time.perf_counter() - start
+    Path(result).write_text(json.dumps({"seconds": seconds, "peak_rss_bytes": _peak_rss_bytes()}))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

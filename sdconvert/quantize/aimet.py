@@ -1,0 +1,154 @@
+"""AIMET's quantizers on the traced graph. The only file of this package that imports AIMET."""
+
+import math
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from aimet_torch.quantization.affine import QuantizeDequantize
+from torch import Tensor, nn
+from torch.fx import GraphModule, Interpreter, Node
+
+from sdconvert.errors import EncodingsError
+from sdconvert.io.encodings import Encoding
+from sdconvert.quantize import graph
+from sdconvert.quantize.settings import Grid, QuantizerSettings
+
+_PREFIX = "quantizer_"
+
+
+class QuantizerSet:
+    """The quantizers of a graph by key: activations and second operands by tensor key, parameters by name."""
+
+    def __init__(self) -> None:
+        self.activations: dict[str, QuantizeDequantize] = {}
+        self.parameters: dict[str, QuantizeDequantize] = {}
+        self.fixed_ranges: dict[str, tuple[float, float]] = {}
+
+
+def insert_quantizers(graph_module: GraphModule, settings: QuantizerSettings) -> QuantizerSet:
+    """Put a quantizer behind every stored tensor, every weight and every second operand of MatMul.
+
+    Biases stay floating-point: they become int32 with the product of input and weight scale on export.
+    """
+    quantizers = QuantizerSet()
+    stored, weights, seconds = (f(graph_module) for f in (graph.values, graph.parameters, graph.operands))
+    for value in stored:
+        quantizers.activations[value.key] = _insert(graph_module, value.node, settings.activations)
+        if value.op in settings.ranges:
+            quantizers.fixed_ranges[value.key] = settings.ranges[value.op]
+    for parameter in weights:
+        if parameter.op in settings.parameters and not parameter.is_bias:
+            grid = settings.parameters[parameter.op]
+            quantizers.parameters[parameter.name] = _insert(graph_module, parameter.node, grid)
+    for operand in seconds:
+        # The operand's source has its own quantizer by now: this one comes after it, on this edge alone.
+        source = operand.matmul.args[1]
+        assert isinstance(source, Node)  # for the type checker
+        quantizers.activations[operand.key] = _insert(
+            graph_module, source, settings.matmul_second_operand, only=operand.matmul
+        )
+    graph_module.recompile()
+    return quantizers
+
+
+def calibrate(graph_module: GraphModule, quantizers: QuantizerSet, batches: Iterator[tuple[Tensor, ...]]) -> None:
+    """Take the range of every quantizer from the data, then set the ranges that the op itself fixes."""
+    everything = [*quantizers.activations.values(), *quantizers.parameters.values()]
+    with torch.no_grad(), ExitStack() as stack:
+        for quantizer in everything:
+            stack.enter_context(quantizer.compute_encodings())
+        for batch in batches:
+            graph_module(*batch)
+    for key, (low, high) in quantizers.fixed_ranges.items():
+        quantizers.activations[key].set_range(torch.tensor(low), torch.tensor(high))
+
+
+def read(quantizers: dict[str, QuantizeDequantize]) -> dict[str, list[Encoding]]:
+    """The encodings of initialised quantizers, in AIMET's own form."""
+    return {key: quantizer.get_legacy_encodings() for key, quantizer in quantizers.items()}
+
+
+def write(quantizers: dict[str, QuantizeDequantize], encodings: dict[str, list[Encoding]], what: str) -> None:
+    """Set every quantizer from encodings.
+
+    Raises:
+        EncodingsError: A quantizer gets none, an entry lands nowhere, or the number of channels differs.
+    """
+    missing, unexpected = sorted(quantizers.keys() - encodings.keys()), sorted(encodings.keys() - quantizers.keys())
+    if missing or unexpected:
+        parts = [f"{len(k)} {w}: {', '.join(k[:10])}" for w, k in (("missing", missing), ("unexpected", unexpected)) if k]
+        raise EncodingsError(f"the {what} encodings do not fit the graph: {'; '.join(parts)}", hint="same model?")
+    for key, quantizer in quantizers.items():
+        entries = encodings[key]
+        if len(entries) != math.prod(quantizer.shape):
+            raise EncodingsError(
+                f"`{key}` has {len(entries)} encodings, its quantizer takes {math.prod(quantizer.shape)}",
+                hint="per-channel and per-tensor settings must agree with the file",
+            )
+        _set_exactly(quantizer, entries)
+
+
+@torch.no_grad()
+def _set_exactly(quantizer: QuantizeDequantize, entries: list[Encoding]) -> None:
+    """Set scale and offset to the file's own floats.
+
+    `set_legacy_encodings` takes min and max and derives the scale anew, off by the last bit; two loads would differ.
+    """
+    quantizer.set_legacy_encodings(entries)
+    quantizer._reparametrize_to_scale_offset()
+    quantizer.scale.copy_(torch.tensor([entry["scale"] for entry in entries]).reshape(quantizer.shape))
+    if not quantizer.symmetric:
+        offsets = torch.tensor([float(entry["offset"]) for entry in entries])
+        quantizer.offset.copy_(offsets.reshape(quantizer.shape) - quantizer.qmin)
+
+
+@contextmanager
+def without_operand_quantizers(graph_module: GraphModule, quantizers: QuantizerSet) -> Iterator[None]:
+    """Take the second operands' quantizers out for the block: the ONNX exporter gives them their own Q/DQ pair."""
+    taken = {}
+    for name, module in list(graph_module.named_children()):
+        if any(module is quantizers.activations[key] for key in quantizers.activations if key.endswith(".second")):
+            taken[name] = module
+            setattr(graph_module, name, nn.Identity())
+    try:
+        yield
+    finally:
+        for name, module in taken.items():
+            setattr(graph_module, name, module)
+
+
+class Recorder(Interpreter):
+    """Runs the graph, with or without its quantizers, and keeps each stored tensor by key."""
+
+    def __init__(self, graph_module: GraphModule, quantizers: QuantizerSet, *, quantized: bool) -> None:
+        super().__init__(graph_module)
+        names = {id(module): name for name, module in graph_module.named_children()}
+        self._keys = {names[id(quantizer)]: key for key, quantizer in quantizers.activations.items()}
+        self._quantized = quantized
+        self.tensors: dict[str, Tensor] = {}
+
+    def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
+        """Run or skip a quantizer and note what leaves it."""
+        result = super().call_module(target, args, kwargs) if self._quantized else args[0]
+        if target in self._keys:
+            self.tensors[self._keys[target]] = result.as_subclass(Tensor)
+        return result
+
+
+def _insert(graph_module: GraphModule, node: Node, grid: Grid, only: Node | None = None) -> QuantizeDequantize:
+    shape: tuple[int, ...] = ()
+    if grid.per_channel:
+        weight = node.meta["val"]
+        shape = (weight.shape[0],) + (1,) * (weight.dim() - 1)
+    quantizer = QuantizeDequantize(shape=shape, bitwidth=grid.bitwidth, symmetric=grid.symmetric)
+    name = f"{_PREFIX}{sum(child.startswith(_PREFIX) for child, _ in graph_module.named_children())}"
+    graph_module.add_submodule(name, quantizer)
+    with graph_module.graph.inserting_after(node):
+        call = graph_module.graph.call_module(name, (node,))
+    call.meta = dict(node.meta)
+    for user in [only] if only is not None else graph.iter_users(node):
+        if user is not call:
+            user.replace_input_with(node, call)
+    return quantizer

@@ -1,0 +1,235 @@
+"""The one graph: a model traced by `torch.export`, cleaned, with a name for every tensor that a phone stores.
+
+A tensor's key is the path of the module that made it, and the op and its position in that module:
+`down_blocks.0.resnets.0.conv1:conv2d.0`, `mid_block.attentions.0.transformer_blocks.0.attn1:matmul.1`; a graph input's
+is `:<name>`. Keys do not depend on the exporter's numbering, so ranges measured on one trace land on another.
+"""
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+
+from sdconvert.adapters import ModelAdapter, Tensors
+from sdconvert.errors import UnsupportedModelError
+
+aten = torch.ops.aten
+
+# Ops whose result is a tensor of its own, by the name that settings and keys use.
+VALUE_OPS: dict[Any, str] = {
+    aten.conv2d.default: "conv2d",
+    aten.linear.default: "linear",
+    aten.matmul.default: "matmul",
+    aten.add.Tensor: "add",
+    aten.sub.Tensor: "sub",
+    aten.mul.Tensor: "mul",
+    aten.div.Tensor: "div",
+    aten.softmax.int: "softmax",
+    aten.silu.default: "silu",
+    aten.gelu.default: "gelu",
+    aten.sigmoid.default: "sigmoid",
+    aten.leaky_relu.default: "leaky_relu",
+    aten.group_norm.default: "group_norm",
+    aten.layer_norm.default: "layer_norm",
+    aten.cat.default: "cat",
+    aten.upsample_nearest2d.vec: "upsample_nearest2d",
+}
+# Ops that only move values: what leaves them has the range and grid of what entered.
+MOVE_OPS = {
+    aten.view.default,
+    aten.reshape.default,
+    aten.flatten.using_ints,
+    aten.unflatten.int,
+    aten.transpose.int,
+    aten.permute.default,
+    aten.unsqueeze.default,
+    aten.squeeze.dim,
+    aten.expand.default,
+    aten.chunk.default,
+    aten.slice.Tensor,
+    aten.pad.default,
+}
+_NO_EFFECT = {aten.dropout.default, aten.contiguous.default, aten.clone.default, aten.to.dtype, aten.alias.default}
+
+
+@dataclass(frozen=True)
+class Value:
+    """A tensor of the graph that is stored, and so gets a quantizer."""
+
+    key: str
+    op: str
+    node: Node
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A weight or bias of the graph, the op that it enters, and whether it is that op's bias."""
+
+    name: str
+    op: str
+    is_bias: bool
+    node: Node
+
+
+@dataclass(frozen=True)
+class Operand:
+    """The second operand of a MatMul of two computed tensors, which the HTP stores in a form of its own."""
+
+    key: str
+    matmul: Node
+    node: Node
+
+
+def trace(adapter: ModelAdapter, inputs: Tensors) -> GraphModule:
+    """Trace a model's static graph, without ops that do nothing, in the form that the HTP computes correctly.
+
+    Args:
+        adapter: Covers the model, which is left as it was.
+        inputs: One set of graph inputs; their shapes become the graph's.
+
+    Raises:
+        UnsupportedModelError: The graph has ops that no rule covers; all of them are named.
+    """
+    with adapter.as_graph() as module:
+        exported = torch.export.export(module, tuple(inputs.values()), strict=False)
+    graph_module = exported.module(check_guards=False)
+    _drop_ineffective(graph_module)
+    _rename_inputs(graph_module, list(inputs))
+    _reshape_sixteen_row_layer_norms(graph_module)
+    _require_known_ops(graph_module)
+    graph_module.recompile()
+    return graph_module
+
+
+def values(graph_module: GraphModule) -> list[Value]:
+    """All stored floating-point tensors in execution order: graph inputs and results of value ops."""
+    seen: Counter[tuple[str, str]] = Counter()
+    found = []
+    for node in graph_module.graph.nodes:
+        if node.op == "placeholder" and _is_float(node):
+            found.append(Value(f":{node.name}", "input", node))
+        elif node.target in VALUE_OPS:
+            op, path = VALUE_OPS[node.target], module_path(node)
+            found.append(Value(f"{path}:{op}.{seen[path, op]}", op, node))
+            seen[path, op] += 1
+    return found
+
+
+def parameters(graph_module: GraphModule) -> list[Parameter]:
+    """All floating-point parameters that enter an op."""
+    found = []
+    for node in graph_module.graph.nodes:
+        if node.op == "get_attr" and _is_float(node):
+            user = next(iter(node.users))
+            is_bias = user.target in VALUE_OPS and node in user.args[2:]
+            op = VALUE_OPS.get(user.target, "")
+            # Norms take (input, groups or shape, weight, bias): their bias is one place further back.
+            if op in ("group_norm", "layer_norm"):
+                is_bias = len(user.args) > 3 and user.args[3] is node
+            found.append(Parameter(node.target.removeprefix("model."), op, is_bias, node))
+    return found
+
+
+def operands(graph_module: GraphModule) -> list[Operand]:
+    """All second operands of MatMul."""
+    return [
+        Operand(f"{value.key}.second", value.node, second)
+        for value in values(graph_module)
+        if value.op == "matmul" and isinstance(second := value.node.args[1], Node)
+    ]
+
+
+def producer(node: Node) -> Node:
+    """The node whose values `node` shows, seen through moves."""
+    while node.target in MOVE_OPS or node.name.startswith("getitem"):
+        source = node.args[0]
+        assert isinstance(source, Node)  # for the type checker: moves move nodes
+        node = source
+    return node
+
+
+def module_path(node: Node) -> str:
+    """Path of the module whose forward made the node, in the model's own names."""
+    stack = node.meta.get("nn_module_stack") or {}
+    path = list(stack.values())[-1][0] if stack else ""
+    return str(path).removeprefix("model").removeprefix(".").replace("._host", "")
+
+
+def _is_float(node: Node) -> bool:
+    value = node.meta.get("val")
+    return isinstance(value, torch.Tensor) and value.is_floating_point()
+
+
+def _drop_ineffective(graph_module: GraphModule) -> None:
+    for node in list(graph_module.graph.nodes):
+        if node.target is aten._assert_tensor_metadata.default:
+            graph_module.graph.erase_node(node)
+        elif node.target in _NO_EFFECT or _scales_by_one(node):
+            node.replace_all_uses_with(node.args[0])
+            graph_module.graph.erase_node(node)
+    graph_module.graph.eliminate_dead_code()
+    for node in list(graph_module.graph.nodes):
+        if node.op == "get_attr" and not node.users:
+            graph_module.graph.erase_node(node)
+
+
+def _scales_by_one(node: Node) -> bool:
+    return node.target in (aten.mul.Tensor, aten.div.Tensor) and not isinstance(node.args[1], Node) and node.args[1] == 1
+
+
+def _rename_inputs(graph_module: GraphModule, names: list[str]) -> None:
+    placeholders = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
+    for node, name in zip(placeholders, names, strict=True):
+        node._rename(name)
+
+
+def _reshape_sixteen_row_layer_norms(graph_module: GraphModule) -> None:
+    """Run LayerNorm of (1, 16, C) as (1, 16, 1, C).
+
+    QAIRT 2.51 computes garbage (-1 dB) for a LayerNorm over exactly 16 rows whose result enters a MatMul or 1x1
+    convolution, on v69 to v79; 15, 17 and every other count tried are right, and so is this form (70 dB).
+    """
+    graph = graph_module.graph
+    for node in list(graph.nodes):
+        if node.target is not aten.layer_norm.default or tuple(node.meta["val"].shape[:-1]) != (1, 16):
+            continue
+        channels = node.meta["val"].shape[-1]
+        with graph.inserting_before(node):
+            rows = _reshape(graph, node, node.args[0], [1, 16, 1, channels])
+        node.args = (rows, *node.args[1:])
+        with graph.inserting_after(node):
+            back = _reshape(graph, node, node, [1, 16, channels])
+        node.replace_all_uses_with(back, delete_user_cb=lambda user, back=back: user is not back)
+        back.meta["val"] = node.meta["val"]
+        node.meta = {**node.meta, "val": node.meta["val"].reshape(1, 16, 1, channels)}
+
+
+def _reshape(graph: torch.fx.Graph, like: Node, source: Any, shape: list[int]) -> Node:
+    node = graph.call_function(aten.reshape.default, (source, shape))
+    node.meta = {**like.meta, "val": source.meta["val"].reshape(shape)}
+    return node
+
+
+def _require_known_ops(graph_module: GraphModule) -> None:
+    unknown = Counter(
+        f"{node.target} in {module_path(node) or 'the model'}" for node in graph_module.graph.nodes if not _known(node)
+    )
+    if unknown:
+        raise UnsupportedModelError(
+            f"{sum(unknown.values())} ops have no quantization rule: {', '.join(sorted(unknown))}",
+            hint="add each to VALUE_OPS (it computes) or MOVE_OPS (it moves) in quantize/graph.py",
+        )
+
+
+def _known(node: Node) -> bool:
+    if node.op != "call_function":
+        return node.op in ("placeholder", "get_attr", "output")
+    return node.target in VALUE_OPS or node.target in MOVE_OPS or node.name.startswith("getitem")
+
+
+def iter_users(node: Node) -> Iterator[Node]:
+    """The nodes that use `node`, as a list that stays while they change."""
+    yield from list(node.users)

@@ -1,0 +1,69 @@
+"""Which tensor gets which bit-width and symmetry, per generation of the NPU, read from the JSON files beside this one."""
+
+import json
+from importlib import resources
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from sdconvert.errors import UsageError
+
+
+class Grid(BaseModel):
+    """The integer grid of one kind of tensor."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    bitwidth: Literal[4, 8, 16]
+    symmetric: bool
+    per_channel: bool = False
+
+
+class QuantizerSettings(BaseModel):
+    """The settings of one generation."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    schema_version: Literal[1]
+    name: str
+    architectures: tuple[int, ...]
+    source: str
+    activations: Grid
+    parameters: dict[str, Grid]
+    matmul_second_operand: Grid
+    ranges: dict[str, tuple[float, float]] = Field(description="Fixed output ranges by op.")
+
+    def with_bitwidths(self, *, weight: int, activation: int, per_channel: bool) -> "QuantizerSettings":
+        """The same settings with the recipe's bit-widths; norms, and what MatMul demands, stay."""
+        weights = {
+            op: grid.model_copy(update={"bitwidth": weight, "per_channel": per_channel})
+            for op, grid in self.parameters.items()
+            if op in ("conv2d", "linear")
+        }
+        return self.model_copy(
+            update={
+                "activations": self.activations.model_copy(update={"bitwidth": activation}),
+                "parameters": self.parameters | weights,
+            }
+        )
+
+
+def load_settings(architectures: set[int]) -> QuantizerSettings:
+    """The settings that cover all the given HTP architectures (68 … 85).
+
+    Raises:
+        UsageError: No one file covers them all, or none covers one of them.
+    """
+    files = sorted(resources.files(__name__).iterdir(), key=lambda file: file.name)
+    every = [
+        QuantizerSettings.model_validate(json.loads(file.read_text())) for file in files if file.name.endswith(".json")
+    ]
+    for settings in every:
+        if architectures <= set(settings.architectures):
+            return settings
+    groups = "; ".join(f"{s.name}: {', '.join(f'v{a}' for a in s.architectures)}" for s in every)
+    asked = ", ".join(f"v{arch}" for arch in sorted(architectures))
+    raise UsageError(
+        f"no quantizer settings cover {asked} together ({groups})",
+        hint="convert for SoCs of one group per run: they need different precisions in attention",
+    )

@@ -1,0 +1,111 @@
+"""A model's static graph with quantizers: what the phone will compute, simulated in torch.
+
+The same object takes the ranges, runs as a backend of the pipeline, compares layer by layer, and is what the exporter
+turns into ONNX: nothing is quantized twice in two ways.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+
+from sdconvert.adapters import ModelAdapter, Tensors
+from sdconvert.errors import PreconditionError
+from sdconvert.io.encodings import Encoding
+from sdconvert.metrics import sqnr_db
+from sdconvert.quantize import aimet, graph
+from sdconvert.quantize.settings import QuantizerSettings
+
+
+@dataclass(frozen=True)
+class Encodings:
+    """Ranges of one graph: parameters by name, activations and second operands by tensor key."""
+
+    parameters: dict[str, list[Encoding]]
+    activations: dict[str, list[Encoding]]
+
+
+class Simulation:
+    """One traced graph and its quantizers.
+
+    Args:
+        adapter: Covers the model.
+        example: One set of graph inputs.
+        settings: Bit-widths and symmetry.
+    """
+
+    def __init__(self, adapter: ModelAdapter, example: Tensors, settings: QuantizerSettings) -> None:
+        self.adapter = adapter
+        self.settings = settings
+        self.input_names = tuple(example)
+        self.graph_module: GraphModule = graph.trace(adapter, example)
+        output = next(node for node in self.graph_module.graph.nodes if node.op == "output")
+        self.output_names = adapter.output_names(len(output.args[0]))
+        self.quantizers = aimet.insert_quantizers(self.graph_module, settings)
+        self.calibrated = False
+
+    def calibrate(self, samples: Iterable[Tensors]) -> None:
+        """Take all ranges from samples of graph inputs.
+
+        Raises:
+            PreconditionError: There is no sample.
+        """
+        batches = [tuple(sample[name] for name in self.input_names) for sample in samples]
+        if not batches:
+            raise PreconditionError(
+                f"no calibration samples for {self.adapter.graph_name}", hint="run the calibration stage"
+            )
+        aimet.calibrate(self.graph_module, self.quantizers, iter(batches))
+        # Files hold the range as min and max on the grid: from here on this graph computes what a file's reader will.
+        self.load(self.encodings())
+
+    def encodings(self) -> Encodings:
+        """All ranges, in AIMET's form."""
+        return Encodings(aimet.read(self.quantizers.parameters), aimet.read(self.quantizers.activations))
+
+    def load(self, encodings: Encodings) -> None:
+        """Set all ranges.
+
+        Raises:
+            EncodingsError: They do not fit the graph exactly.
+        """
+        aimet.write(self.quantizers.parameters, encodings.parameters, "parameter")
+        aimet.write(self.quantizers.activations, encodings.activations, "activation")
+        self.calibrated = True
+
+    @torch.no_grad()
+    def __call__(self, inputs: Tensors) -> Tensors:
+        """Run the quantized graph.
+
+        Raises:
+            PreconditionError: It has no ranges yet.
+        """
+        if not self.calibrated:
+            raise PreconditionError(
+                f"the simulation of {self.adapter.graph_name} has no ranges", hint="calibrate() or load() first"
+            )
+        outputs = self.graph_module(*(inputs[name] for name in self.input_names))
+        # AIMET returns a tensor class of its own, which carries a copy of the grid along.
+        return {name: tensor.as_subclass(Tensor) for name, tensor in zip(self.output_names, outputs, strict=True)}
+
+    @torch.no_grad()
+    def layer_sqnr_db(self, inputs: Tensors) -> dict[str, float]:
+        """SQNR in dB of every stored tensor, by key in execution order: quantized graph against the same in fp32."""
+        runs = []
+        for quantized in (False, True):
+            recorder = aimet.Recorder(self.graph_module, self.quantizers, quantized=quantized)
+            recorder.run(*(inputs[name] for name in self.input_names))
+            runs.append(recorder.tensors)
+        reference, simulated = runs
+        return {key: sqnr_db(reference[key], simulated[key]) for key in reference}
+
+    def parameters(self) -> dict[str, Tensor]:
+        """Weights and biases of the graph by the model's own names."""
+        return {item.name: self._parameter(item.node) for item in graph.parameters(self.graph_module)}
+
+    def _parameter(self, node: Any) -> Tensor:
+        tensor: Tensor = self.graph_module.get_parameter(node.target).detach()
+        return tensor

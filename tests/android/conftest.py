@@ -1,0 +1,55 @@
+"""A real bundle to look into: one graph compiled for two SoCs, with the simulator's answers."""
+
+from pathlib import Path
+
+import onnx
+import pytest
+import torch
+from bundle_request import BundleRequest
+
+from sdconvert.android.bundle import Sample
+from sdconvert.qnn.context import compile_context
+from sdconvert.qnn.simulator import Simulator
+from sdconvert.qnn.soc import find_soc
+
+# Quantized at its border and inside, as every exported graph is; the scales hold [-4, 4] and [0, 1].
+GATE = """
+<ir_version: 10, opset_import: ["": 21]>
+gate (float[1,3,8,8] latent, float[1,3,8,8] residual) => (float[1,3,8,8] out_sample)
+<float s = {0.000122072}, uint16 z = {32768}, float u = {0.0000152590}, uint16 o = {0}>
+{
+    lq = QuantizeLinear(latent, s, z)
+    l = DequantizeLinear(lq, s, z)
+    rq = QuantizeLinear(residual, s, z)
+    r = DequantizeLinear(rq, s, z)
+    g = Sigmoid(r)
+    gq = QuantizeLinear(g, u, o)
+    gd = DequantizeLinear(gq, u, o)
+    m = Mul(l, gd)
+    mq = QuantizeLinear(m, s, z)
+    out_sample = DequantizeLinear(mq, s, z)
+}
+"""
+
+
+@pytest.fixture(scope="session")
+def asked(tmp_path_factory: pytest.TempPathFactory) -> BundleRequest:
+    folder = tmp_path_factory.mktemp("gate")
+    model = onnx.parser.parse_model(GATE)
+    onnx.checker.check_model(model, full_check=True)
+    onnx.save(model, folder / "gate.onnx")
+    contexts = [compile_context(folder / "gate.onnx", folder / soc, find_soc(soc)) for soc in ("SM8650", "SM8550")]
+    simulators = {context.soc.name: Simulator(context.ctx_onnx) for context in contexts}
+    generator, samples = torch.Generator().manual_seed(0), []
+    for name in ("gate-chelsea", "gate-china"):
+        inputs = {key: torch.randn(1, 3, 8, 8, generator=generator) for key in ("latent", "residual")}
+        fp32 = {"out_sample": inputs["latent"] * inputs["residual"].sigmoid()}
+        sim = {soc: simulator(inputs) for soc, simulator in simulators.items()}
+        samples.append(Sample(id=name, graph="gate", inputs=inputs, fp32=fp32, sim=sim))
+    return BundleRequest(contexts, samples)
+
+
+@pytest.fixture(scope="session")
+def bundle(asked: BundleRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle's folder; its tar lies beside it. Tests that damage one take a copy."""
+    return asked.write(tmp_path_factory.mktemp("android") / "bundle")

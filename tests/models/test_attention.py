@@ -1,0 +1,276 @@
+"""Attention per head is the same sum with the same weights, and only plain attention is rewritten."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import AutoencoderKL
+from diffusers.models.attention_processor import (
+    Attention,
+    AttnAddedKVProcessor,
+    AttnProcessor,
+    AttnProcessor2_0,
+    SlicedAttnProcessor,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from sdconvert.errors import PluginError, UnsupportedModelError
+from sdconvert.models.attention import ExplicitAttnProcessor, SHAAttention, SHAAttentionPatch, unsupported_reason
+from sdconvert.models.pasd import load_pasd
+from sdconvert.plugins import PatchPluginContainer, SinglePluginBlock, require_fused
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+LIMIT = 1e-5
+Golden = Callable[..., Any]
+Error = Callable[[Tensor, Tensor], float]
+
+attentions = st.fixed_dictionaries(
+    {
+        "query_dim": st.integers(1, 24),
+        "cross_attention_dim": st.none() | st.integers(1, 24),
+        "heads": st.integers(1, 6),
+        "dim_head": st.integers(1, 12),
+        "bias": st.booleans(),
+        "out_bias": st.booleans(),
+        "upcast_attention": st.booleans(),
+    }
+)
+tokens = st.tuples(st.integers(1, 3), st.integers(1, 9), st.integers(1, 9))
+
+
+def inputs(attn: Attention, sizes: tuple[int, int, int]) -> tuple[Tensor, Tensor | None]:
+    batch, queries, keys = sizes
+    context = torch.randn(batch, keys, attn.cross_attention_dim) if attn.is_cross_attention else None
+    return torch.randn(batch, queries, attn.query_dim), context
+
+
+def close(x: Tensor, reference: Tensor) -> bool:
+    return bool((x - reference).abs().max() <= LIMIT * reference.abs().max())
+
+
+@settings(deadline=None)
+@given(attentions, tokens, st.integers(0, 2**31))
+def test_sha_equals_mha(options: dict[str, Any], sizes: tuple[int, int, int], seed: int) -> None:
+    torch.manual_seed(seed)
+    attn = Attention(**options)
+    with torch.no_grad():
+        hidden, context = inputs(attn, sizes)
+        reference = attn(hidden, encoder_hidden_states=context)
+        assert close(SHAAttention.from_attention(attn)(hidden, encoder_hidden_states=context), reference)
+        attn.set_processor(ExplicitAttnProcessor())
+        assert close(attn(hidden, encoder_hidden_states=context), reference)
+
+
+@settings(deadline=None)
+@given(attentions)
+def test_weights_are_bit_equal_slices(options: dict[str, Any]) -> None:
+    attn = Attention(**options)
+    sha = SHAAttention.from_attention(attn)
+    state = sha.state_dict()
+    assert state.keys() == {
+        *(f"to_{x}_convs.{i}.weight" for x in "qkv" for i in range(options["heads"])),
+        *(f"to_{x}_convs.{i}.bias" for x in "qkv" for i in range(options["heads"]) if options["bias"]),
+        *(name for name in attn.state_dict() if name.startswith("to_out")),
+    }
+    for x in "qkv":
+        convs = [state[f"to_{x}_convs.{i}.weight"] for i in range(options["heads"])]
+        assert all(conv.shape[0] == options["dim_head"] and conv.shape[2:] == (1, 1) for conv in convs)
+        assert torch.equal(torch.cat(convs)[..., 0, 0], getattr(attn, f"to_{x}").weight)
+
+
+def test_slices_take_no_memory() -> None:
+    attn = Attention(query_dim=16, heads=4, dim_head=4)
+    sha = SHAAttention.from_attention(attn)
+    storages = {parameter.untyped_storage().data_ptr() for parameter in sha.to_q_convs.parameters()}
+    assert storages == {attn.to_q.weight.untyped_storage().data_ptr()}
+
+
+@pytest.mark.parametrize(
+    "processor", [AttnProcessor(), AttnProcessor2_0(), SlicedAttnProcessor(2), ExplicitAttnProcessor()]
+)
+def test_known_processors_give_equal_outputs(processor: Any) -> None:
+    attn = Attention(query_dim=16, cross_attention_dim=12, heads=4, dim_head=4)
+    hidden, context = torch.randn(2, 5, 16), torch.randn(2, 7, 12)
+    with torch.no_grad():
+        reference = SHAAttention.from_attention(attn)(hidden, context)
+        attn.set_processor(processor)
+        assert close(attn(hidden, context), reference)
+        assert close(SHAAttention.from_attention(attn)(hidden, context), reference)
+
+
+class Doubling(AttnProcessor2_0):
+    """A subclass with a call of its own."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        return 2 * super().__call__(*args, **kwargs)
+
+
+def _with(attn: Attention, **attributes: Any) -> Attention:
+    for name, value in attributes.items():
+        setattr(attn, name, value)
+    return attn
+
+
+def _hooked() -> Attention:
+    attn = Attention(query_dim=8, heads=2, dim_head=4)
+    attn.to_v.register_forward_hook(lambda module, args, output: 2 * output)
+    return attn
+
+
+def _fused() -> Attention:
+    attn = Attention(query_dim=8, heads=2, dim_head=4)
+    attn.fuse_projections()
+    return attn
+
+
+REFUSED = {
+    "processor Doubling": lambda: Attention(query_dim=8, heads=2, dim_head=4, processor=Doubling()),
+    "processor AttnAddedKVProcessor": lambda: Attention(
+        query_dim=8, heads=2, dim_head=4, processor=AttnAddedKVProcessor()
+    ),
+    "added key": lambda: Attention(query_dim=8, heads=2, dim_head=4, added_kv_proj_dim=8),
+    "fused": _fused,
+    "fewer heads": lambda: Attention(query_dim=8, heads=2, kv_heads=1, dim_head=4),
+    "qk_norm": lambda: Attention(query_dim=8, heads=2, dim_head=4, qk_norm="layer_norm"),
+    "cross_attention_norm": lambda: Attention(8, 8, heads=2, dim_head=4, cross_attention_norm="layer_norm"),
+    "spatial_norm": lambda: Attention(query_dim=32, heads=2, dim_head=4, spatial_norm_dim=32),
+    "group_norm": lambda: Attention(query_dim=8, heads=2, dim_head=4, norm_num_groups=2),
+    "adds its input": lambda: Attention(query_dim=8, heads=2, dim_head=4, residual_connection=True),
+    "AttnProcessor2_0 scales": lambda: Attention(8, heads=2, dim_head=4, scale_qk=False, processor=AttnProcessor2_0()),
+    "no output projection": lambda: Attention(query_dim=8, heads=2, dim_head=4, pre_only=True),
+    "to_q is a Sequential": lambda: _with(Attention(8, heads=2, dim_head=4), to_q=nn.Sequential(nn.Linear(8, 8))),
+    "to_v carries a hook": _hooked,
+}
+
+
+@pytest.mark.parametrize("reason", REFUSED)
+def test_refusals_name_the_reason(reason: str) -> None:
+    attn = REFUSED[reason]()
+    assert reason in str(unsupported_reason(attn))
+    with pytest.raises(UnsupportedModelError, match=reason):
+        SHAAttention.from_attention(attn)
+
+
+def test_calls_that_are_more_than_plain_attention_are_refused() -> None:
+    attn = Attention(query_dim=8, heads=2, dim_head=4)
+    hidden = torch.randn(1, 3, 8)
+    with pytest.raises(UnsupportedModelError, match="attention_mask"):
+        SHAAttention.from_attention(attn)(hidden, attention_mask=torch.zeros(1, 3))
+    with pytest.raises(UnsupportedModelError, match="ip_adapter_masks"):
+        SHAAttention.from_attention(attn)(hidden, ip_adapter_masks=[])
+    attn.set_processor(ExplicitAttnProcessor())
+    with pytest.raises(UnsupportedModelError, match="attention_mask"):
+        attn(hidden, attention_mask=torch.zeros(1, 3))
+
+
+def test_wrap_model_lists_all_refused_layers_and_touches_none() -> None:
+    model = nn.ModuleDict({name: Attention(query_dim=8, heads=2, dim_head=4) for name in "abc"})
+    model["a"].set_processor(Doubling())
+    model["c"].set_processor(Doubling())
+    with pytest.raises(UnsupportedModelError, match=r"2 of 3 attentions[^:]*:\n`a`: .*\n`c`: "):
+        SHAAttentionPatch.wrap_model("sha", model)
+    assert not any(isinstance(module, PatchPluginContainer) for module in model.modules())
+    assert SHAAttentionPatch.wrap_model("sha", model, exclude_key="a|c").keys() == {"b"}
+
+
+def graph_ops(module: nn.Module, *args: Tensor) -> list[str]:
+    program = torch.export.export(module, args, strict=False)
+    return [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
+
+
+def test_exported_attention_is_matmul_softmax_matmul() -> None:
+    attn = Attention(query_dim=16, heads=4, dim_head=4, processor=ExplicitAttnProcessor()).eval()
+    shown = {"aten.matmul.default", "aten.softmax.int"}
+    hidden = torch.randn(1, 6, 16)
+    kernels = [op for op in graph_ops(attn, hidden) if op in shown]
+    assert kernels == ["aten.matmul.default", "aten.softmax.int", "aten.matmul.default"]
+    sha_ops = graph_ops(SHAAttention.from_attention(attn), hidden)
+    assert [op for op in sha_ops if op in shown] == kernels * 4
+    assert sha_ops.count("aten.conv2d.default") == 12
+    assert sha_ops.count("aten.cat.default") == 1
+
+
+def test_explicit_processor_on_a_vae() -> None:
+    vae = AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, latent_channels=2, sample_size=8).eval()
+    image = torch.randn(2, 3, 8, 8)
+    with torch.no_grad():
+        reference = vae(image).sample
+        vae.set_attn_processor(ExplicitAttnProcessor())
+        assert close(vae(image).sample, reference)
+
+
+def test_explicit_processor_normalizes_its_context() -> None:
+    attn = Attention(8, 8, heads=2, dim_head=4, cross_attention_norm="layer_norm", rescale_output_factor=2.0)
+    hidden, context = torch.randn(1, 3, 8), torch.randn(1, 5, 8)
+    with torch.no_grad():
+        reference = attn(hidden, context)
+        attn.set_processor(ExplicitAttnProcessor())
+        assert close(attn(hidden, context), reference)
+
+
+@pytest.mark.parametrize("variant", ["pasd", "pasd_light", "pasd_rrdb"])
+def test_h17_sha_patch_over_pasd(variant: str, golden: Golden, relative_error: Error) -> None:
+    reference = golden(variant)
+    unet, controlnet = load_pasd(GOLDEN / variant)
+    for model, run in ((unet, reference.run_unet), (controlnet, reference.run_controlnet)):
+        mha, mha_keys = run(model), list(model.state_dict())
+        heads = {path: module.heads for path, module in model.named_modules() if isinstance(module, Attention)}
+        group = SHAAttentionPatch.wrap_model("sha", model)
+        assert list(group) == list(heads)
+        assert [name for name in model.state_dict() if ".sha." not in name] == mha_keys
+        with pytest.raises(PluginError, match=r"fuse\(\)"):
+            require_fused(model)
+        live = run(model)
+        group.fuse()
+        require_fused(model)
+        fused = run(model)
+        outputs = [(mha, live, fused)] if isinstance(mha, Tensor) else [(mha[k], live[k], fused[k]) for k in mha]
+        for expected, *others in outputs:
+            assert all(relative_error(other, expected) <= LIMIT for other in others)
+        projections = {f"{path}.to_{x}.weight" for path in heads for x in "qkv"}
+        convs = {f"{path}.to_{x}_convs.{i}.weight" for path, n in heads.items() for x in "qkv" for i in range(n)}
+        assert set(model.state_dict()) == set(mha_keys) - projections | convs
+        assert not any(isinstance(module, PatchPluginContainer | Attention) for module in model.modules())
+
+
+def test_branches_are_compared_inside_the_running_model() -> None:
+    model = nn.Sequential(Attention(query_dim=8, heads=2, dim_head=4))
+    (patch,) = SHAAttentionPatch.wrap_model("sha", model).plugins
+    hidden = torch.randn(1, 5, 8)
+    with torch.no_grad():
+        sha = model(hidden)
+        patch.attention.to_q_convs[0].weight.data = torch.zeros(4, 8, 1, 1)
+        assert not torch.equal(model(hidden), sha)
+        with patch.disabled():
+            assert close(model(hidden), sha)
+
+
+class Negate(SinglePluginBlock):
+    """A visible effect of an output hook."""
+
+    def forward(self, fea_in: tuple[Any, ...], fea_out: Tensor) -> Tensor:
+        return -fea_out
+
+
+@pytest.mark.parametrize("patch_first", [False, True])
+def test_plugins_on_the_layer_survive_patching_and_fusing(patch_first: bool) -> None:
+    model = nn.Sequential(Attention(query_dim=8, heads=2, dim_head=4))
+    hidden = torch.randn(1, 5, 8)
+    with torch.no_grad():
+        expected = -model(hidden)
+        if patch_first:
+            group = SHAAttentionPatch.wrap_model("sha", model)
+        plugin = Negate("negate", model[0])
+        if not patch_first:
+            group = SHAAttentionPatch.wrap_model("sha", model)
+        assert close(model(hidden), expected)
+        group.fuse()
+        assert isinstance(model[0], SHAAttention)
+        assert close(model(hidden), expected)
+        plugin.remove()
+        assert close(model(hidden), -expected)
+        assert "0.negate" not in dict(model.named_modules())
