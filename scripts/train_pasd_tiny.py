@@ -16,6 +16,7 @@ from pasd_tiny.evaluate import evaluate
 from pasd_tiny.export import export
 from pasd_tiny.text import write_tokenizer
 from pasd_tiny.vae import train_decoder, train_vae
+from torch import distributed
 from transformers import CLIPTokenizer
 
 ASSET = Path(__file__).resolve().parent.parent / "sdconvert" / "assets" / "pasd_tiny"
@@ -59,6 +60,8 @@ def main() -> None:
 
 
 def _train(arguments: argparse.Namespace) -> None:
+    if distributed.is_torchelastic_launched():
+        distributed.init_process_group("gloo")
     common = (arguments.seed, arguments.minutes, arguments.device)
     match arguments.stage:
         case "vae":

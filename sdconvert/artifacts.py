@@ -104,7 +104,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         try:
             work.chmod(0o777 & ~_umask())
             yield work
-            # A folder cannot be renamed over a full one: the old one steps aside first, and goes when the new one is in.
+            # A folder cannot be renamed over a full one: the old one steps aside, and goes when the new one is in.
             old = work.with_name(f"{work.name}-old")
             if path.exists():
                 path.rename(old)

@@ -55,7 +55,9 @@ class PipelineSection(_Section):
     @model_validator(mode="after")
     def _tiles_advance(self) -> Self:
         if self.latent_overlap >= self.latent_tile:
-            raise ValueError(f"latent_overlap {self.latent_overlap} must be smaller than latent_tile {self.latent_tile}")
+            raise ValueError(
+                f"latent_overlap {self.latent_overlap} must be smaller than latent_tile {self.latent_tile}"
+            )
         return self
 
 

@@ -4,6 +4,7 @@ Equal inputs give infinity, not a large number: no constant is added inside a lo
 """
 
 import math
+from collections.abc import Mapping
 
 from torch import Tensor
 
@@ -68,6 +69,19 @@ def ssim_y(reference: Tensor, image: Tensor) -> float:
     similarity = structural_similarity_index_measure(luma, wanted, data_range=1.0)
     assert isinstance(similarity, Tensor)  # a tuple only with return_full_image
     return float(similarity)
+
+
+def worst_sqnr_db(references: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> float:
+    """Return the lowest SQNR in dB over named tensors; NaN if any of them is, for `min` alone might hide it.
+
+    Raises:
+        UsageError: The names differ.
+    """
+    if references.keys() != values.keys():
+        odd = ", ".join(sorted(references.keys() ^ values.keys()))
+        raise UsageError(f"two sets of tensors cannot be compared: {odd} in one only", hint="compare like with like")
+    levels = [sqnr_db(reference, values[name]) for name, reference in references.items()]
+    return math.nan if any(math.isnan(level) for level in levels) else min(levels)
 
 
 def _pair(reference: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:

@@ -30,6 +30,7 @@ from sdconvert.errors import EnvironmentProblem, PreconditionError, UsageError
 from sdconvert.memory import PeakMemory
 from sdconvert.source import source_hash
 
+_SOURCE = "source of the stage"
 _HASH_BELOW_BYTES = 16 << 20  # larger outputs are trusted by their size when they are reused
 
 
@@ -192,13 +193,15 @@ def _plan(stage: Stage, recipe: Recipe, fingerprints: dict[str, str], digests: d
     inputs = {name: fingerprints[name] for name in stage.after}
     for name, path in stage.inputs(recipe).items():
         if not path.exists():
-            raise UsageError(f"`{stage.name}` reads {name} from `{path}`, which does not exist", hint="check the recipe")
+            raise UsageError(
+                f"`{stage.name}` reads {name} from `{path}`, which does not exist", hint="check the recipe"
+            )
         if path not in digests:
             digests[path] = sha256_folder(path) if path.is_dir() else sha256_file(path)
         inputs[name] = digests[path]
     versions = {package: _version(package) for package in stage.packages} | {
         "format of the stage": str(stage.schema_version),
-        "source of the stage": source_hash(Path(inspect.getfile(type(stage)))),
+        _SOURCE: source_hash(Path(inspect.getfile(type(stage)))),
     }
     # Through JSON and back, so that a tuple here equals the list that the manifest gives.
     return _Plan(stage.name, inputs, json.loads(json.dumps(stage.settings(recipe))), versions)
@@ -216,12 +219,12 @@ def _why_stale(old: Manifest | None, plan: _Plan, folder: Path) -> str:
     if old is None:
         return "no result yet"
     changes = [f"recipe changed: {change}" for change in _changes(_flat(old.settings), _flat(plan.settings))]
-    for name in sorted(old.inputs.keys() | plan.inputs.keys()):
-        if old.inputs.get(name) != plan.inputs.get(name):
-            changes.append(f"input changed: {name}")
-    for change in _changes(old.versions, plan.versions):
-        # Checksums of source tell a reader nothing.
-        changes.append("program changed" if change.startswith("source of the stage") else f"version changed: {change}")
+    both = sorted(old.inputs.keys() | plan.inputs.keys())
+    changes += [f"input changed: {name}" for name in both if old.inputs.get(name) != plan.inputs.get(name)]
+    versions = [{**versions, _SOURCE: ""} for versions in (old.versions, plan.versions)]
+    changes += [f"version changed: {change}" for change in _changes(*versions)]
+    if old.versions.get(_SOURCE) != plan.versions[_SOURCE]:
+        changes.append("program changed")  # two checksums would tell a reader nothing
     if changes:
         return "; ".join(changes)
     for name, output in old.outputs.items():
@@ -236,7 +239,9 @@ def _why_stale(old: Manifest | None, plan: _Plan, folder: Path) -> str:
 
 def _changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     both = sorted(old.keys() | new.keys())
-    return [f"{key} {old.get(key, 'absent')} -> {new.get(key, 'absent')}" for key in both if old.get(key) != new.get(key)]
+    return [
+        f"{key} {old.get(key, 'absent')} -> {new.get(key, 'absent')}" for key in both if old.get(key) != new.get(key)
+    ]
 
 
 def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:

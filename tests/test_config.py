@@ -49,7 +49,11 @@ def test_overrides_replace_exactly_what_they_name(steps: int, scale: float, per_
 @pytest.mark.parametrize(
     ("text", "message", "hint"),
     [
-        ("name: a\nquantize:\n  weight_bitwdth: 4\n", r"line 3: unknown key `quantize.weight_bitwdth`", "weight_bitwidth"),
+        (
+            "name: a\nquantize:\n  weight_bitwdth: 4\n",
+            r"line 3: unknown key `quantize.weight_bitwdth`",
+            "weight_bitwidth",
+        ),
         ("weight_bitwidth: 4\n", r"line 1: unknown key", "quantize.weight_bitwidth"),
         ("quantize:\n  weight_bitwidth: 5\n", r"line 2: `quantize.weight_bitwidth`.*4, 8 or 16, found 5", "schema"),
         ("quantize:\n  per_channel: 'yes'\n", r"valid boolean, found 'yes'", "schema"),

@@ -63,6 +63,16 @@ def test_float64_sums_see_what_float32_loses() -> None:
     assert metrics.sqnr_db(reference, value) == pytest.approx(10 * math.log10(float(np.float64(1e8) * (1 << 20))))
 
 
+def test_worst_of_several_is_the_lowest_and_never_hides_a_broken_one() -> None:
+    references = {"a": torch.ones(4), "b": torch.ones(4), "c": torch.ones(4)}
+    values = {"a": torch.full((4,), 1.1), "b": torch.full((4,), 1.01), "c": torch.ones(4)}
+    assert metrics.worst_sqnr_db(references, values) == pytest.approx(20, abs=1e-3)
+    for broken in "abc":
+        assert math.isnan(metrics.worst_sqnr_db(references, values | {broken: torch.full((4,), math.nan)}))
+    with pytest.raises(UsageError, match="c in one only"):
+        metrics.worst_sqnr_db(references, {"a": values["a"], "b": values["b"]})
+
+
 def test_max_abs_and_shapes() -> None:
     assert metrics.max_abs(torch.tensor([1.0, -2.0]), torch.tensor([1.0, 3.0])) == 5
     assert metrics.max_abs(torch.empty(0), torch.empty(0)) == 0

@@ -133,7 +133,9 @@ def test_first_run_runs_all_second_reuses_all(road: Road) -> None:
     ]
     assert ("step", 1, 1, "copied") in road.progress.said
     again = road.go()
-    assert [(outcome.state, outcome.why, outcome.seconds) for outcome in again] == [("reused", "nothing changed", 0)] * 3
+    assert [(outcome.state, outcome.why, outcome.seconds) for outcome in again] == [
+        ("reused", "nothing changed", 0)
+    ] * 3
     assert again[0].metrics == {"sqnr_db": float("inf")}
     assert (road.run.root / "30-tell/count.txt").read_text() == "5"
 

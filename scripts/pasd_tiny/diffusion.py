@@ -21,6 +21,7 @@ from pasd_tiny.training import Trainer, averaged_weights, part
 from pasd_tiny.vae import pixel_loss
 
 STEPS = 4
+_STEP_SHARES = (0.4, 0.2, 0.2, 0.2)  # of `finetune`; in the first step the control image alone gives the picture
 _RGBS_WEIGHT = 0.05
 _LATENT_WEIGHT = 0.05
 _HIGH_NOISE_SHARE = 0.4  # of the training timesteps; there the control image alone must give the picture
@@ -121,10 +122,10 @@ def train_finetune(seed: int, minutes: float, device: torch.device, tokenizer: C
     modules = task.networks.named() | decoder_modules(task.vae)
     for module in modules.values():
         module.requires_grad_(True)
-    trainer = Trainer("finetune", modules, task.generator, minutes, learning_rate=6e-4, average=0.998)
+    trainer = Trainer("finetune", modules, task.generator, minutes, learning_rate=2e-3, average=0.998)
 
     def loss(step: int) -> Tensor:
-        batch = task.batch(2, 128) if step % 2 else task.batch(6, 64)
+        batch = task.batch(2, 128) if step % 2 else task.batch(8, 64)
         clean = task.latents(batch.full)
         images = batch.full * 2 - 1
         if step % _RECONSTRUCT_EVERY == 0:
@@ -185,7 +186,7 @@ def _roll_out(task: Task, batch: Batch, text: Tensor) -> tuple[Tensor, Tensor]:
     """Sample as inference does, down to a random step; return what the networks meet there."""
     task.scheduler.set_timesteps(STEPS, device=task.device)
     timesteps = task.scheduler.timesteps
-    stop = int(torch.randint(0, STEPS, (), generator=task.generator))
+    stop = int(torch.multinomial(torch.tensor(_STEP_SHARES), 1, generator=task.generator))
     count = len(batch.full)
     sample = task.noised(task.latents(batch.control), timesteps[:1].expand(count))
     for timestep in timesteps[:stop]:

@@ -7,7 +7,8 @@ from copy import deepcopy
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from pasd_tiny.muon import Muon
 
@@ -19,7 +20,8 @@ class Trainer:
     """Runs one stage: Muon, and AdamW for vectors, with cosine decay over a time budget, averaged weights, atomic checkpoints.
 
     Time, not steps, is the budget: the same command gives the best model that the machine can reach in it. A stopped
-    run goes on where its last checkpoint was.
+    run goes on where its last checkpoint was. Started by `torchrun`, several processes train on different crops and
+    average their gradients; only the first one writes.
 
     Args:
         name: Name of the stage and of its checkpoint.
@@ -58,8 +60,11 @@ class Trainer:
             torch.optim.AdamW(vectors, lr=learning_rate, betas=(0.9, 0.99), weight_decay=1e-2),
         )
         self.step, self.spent = 0, 0.0
+        self.rank = distributed.get_rank() if distributed.is_initialized() else 0
         if (path := checkpoint_path(name)).exists():
             self._restore(path)
+        if self.rank:
+            generator.manual_seed(generator.initial_seed() + 1000 * self.rank + self.step)
 
     def run(self, loss: Callable[[int], Tensor]) -> None:
         """Minimise `loss(step)` until the budget is spent, saving every minute and at the end."""
@@ -67,8 +72,8 @@ class Trainer:
         while self.spent < self.seconds:
             value = self._update(loss(self.step))
             shown = value if not shown else 0.98 * shown + 0.02 * value
-            self.step, self.spent = self.step + 1, time.monotonic() - started
-            if self.step % 50 == 0:
+            self.step, self.spent = self.step + 1, _agreed(time.monotonic() - started)
+            if self.step % 50 == 0 and not self.rank:
                 line = f"{self.name}: step {self.step}, {self.spent:.0f} of {self.seconds:.0f} s, loss {shown:.5f}"
                 print(line, file=sys.stderr, flush=True)
             if time.monotonic() - saved > _SAVE_EVERY_SECONDS:
@@ -78,6 +83,8 @@ class Trainer:
 
     def save(self) -> None:
         """Write the checkpoint under a temporary name and rename it."""
+        if self.rank:
+            return
         path = checkpoint_path(self.name)
         path.parent.mkdir(parents=True, exist_ok=True)
         state = {
@@ -105,6 +112,7 @@ class Trainer:
         cosine = 0.5 * (1 + torch.cos(torch.tensor(torch.pi * progress)).item())
         rate = self.learning_rate * min(1.0, (self.step + 1) / 100) * (0.02 + 0.98 * cosine)
         loss.backward()  # type: ignore[no-untyped-call]
+        _average_gradients(self.parameters)
         nn.utils.clip_grad_norm_(self.parameters, 1.0)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
@@ -116,6 +124,24 @@ class Trainer:
             for mean, parameter in zip(self.averaged.parameters(), self.modules.parameters(), strict=True):
                 mean.lerp_(parameter, 1 - decay)
         return float(loss.detach())
+
+
+def _agreed(value: float) -> float:
+    """The first process's value, so that all of them stop at the same step."""
+    if not distributed.is_initialized():
+        return value
+    shared = torch.tensor(value, dtype=torch.float64)
+    distributed.broadcast(shared, 0)
+    return float(shared)
+
+
+def _average_gradients(parameters: list[nn.Parameter]) -> None:
+    if not distributed.is_initialized():
+        return
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    flat = parameters_to_vector(gradients)
+    distributed.all_reduce(flat)
+    vector_to_parameters(flat / distributed.get_world_size(), gradients)
 
 
 def checkpoint_path(name: str) -> Path:

@@ -14,6 +14,7 @@ class AutoencoderKLAdapter(ModelAdapter):
     """Graph of the decoder: latent_sample, already divided by the scaling factor → sample in [-1, 1]."""
 
     graph_name = "vae_decoder"
+    positional = ("latent_sample",)
 
     def pack(self, call: Mapping[str, Any]) -> Tensors:
         """See `ModelAdapter.pack`."""

@@ -48,6 +48,8 @@ class ModelAdapter(ABC):
 
     graph_name: ClassVar[str]
     """Name of the static graph, and of the pipeline attribute that it can replace."""
+    positional: ClassVar[tuple[str, ...]]
+    """Names of the arguments that a pipeline passes by position."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model

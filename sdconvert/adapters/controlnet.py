@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from sdconvert.adapters.base import AdapterRegistry, ModelAdapter, Tensors
 from sdconvert.adapters.time_projection import attach_time_projection_input, project_timestep
+from sdconvert.errors import UsageError
 from sdconvert.plugins import feeding
 
 
@@ -17,17 +18,29 @@ from sdconvert.plugins import feeding
 class ControlNetModelAdapter(ModelAdapter):
     """Graph: sample, t_emb, encoder_hidden_states, controlnet_cond → the down residuals and the mid residual.
 
-    `conditioning_scale` is a constant of the graph: that of the first call packed.
+    Args:
+        model: The ControlNet.
+        conditioning_scale: Weight of the residuals, a constant of the graph.
     """
 
     graph_name = "controlnet"
+    positional = ("sample", "timestep")
 
     def __init__(self, model: nn.Module, conditioning_scale: float = 1.0) -> None:
         super().__init__(model)
         self.conditioning_scale = conditioning_scale
 
     def pack(self, call: Mapping[str, Any]) -> Tensors:
-        """See `ModelAdapter.pack`."""
+        """See `ModelAdapter.pack`.
+
+        Raises:
+            UsageError: The call asks for another `conditioning_scale` than the graph's.
+        """
+        if (asked := call.get("conditioning_scale", self.conditioning_scale)) != self.conditioning_scale:
+            raise UsageError(
+                f"conditioning_scale {asked} asked of a ControlNet graph made for {self.conditioning_scale}",
+                hint="set pipeline.conditioning_scale in the recipe and convert again",
+            )
         return {
             "sample": call["sample"],
             "t_emb": project_timestep(self.model, call["timestep"]),

@@ -18,6 +18,7 @@ class UNet2DConditionModelAdapter(ModelAdapter):
     """Graph: sample, t_emb, encoder_hidden_states and, behind a ControlNet, its residuals → out_sample."""
 
     graph_name = "unet"
+    positional = ("sample", "timestep")
 
     def pack(self, call: Mapping[str, Any]) -> Tensors:
         """See `ModelAdapter.pack`."""

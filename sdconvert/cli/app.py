@@ -1,4 +1,4 @@
-"""The command `sdconvert`: global options, the list of commands, and one place where every failure gets its exit code."""
+"""The command `sdconvert`: global options, the list of commands, and the place where a failure gets its exit code."""
 
 import functools
 import logging
@@ -9,6 +9,7 @@ from types import TracebackType
 from typing import Annotated
 
 import typer
+from typer.main import get_command
 
 from sdconvert import __version__
 from sdconvert.cli import config
@@ -24,14 +25,14 @@ _INTERRUPTED = 130
 
 app = typer.Typer(
     name="sdconvert",
-    no_args_is_help=True,
     add_completion=False,
+    rich_markup_mode=None,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command()(convert)
 for _name, (_to, _summary) in STAGE_COMMANDS.items():
-    app.command(_name, help=_summary)(stage_command(_to, _summary))
+    app.command(_name, help=_summary)(stage_command(_to))
 app.command()(mha2sha)
 app.command()(inspect)
 app.add_typer(config.app, name="config")
@@ -54,24 +55,23 @@ def options(
     version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Say which.")] = False,
 ) -> None:
     """A diffusers checkpoint goes in; a measured, ready-to-push Qualcomm Hexagon NPU bundle comes out."""
-    verbosity = -1 if quiet else verbose
-    style = ProgressStyle.NONE if quiet and progress is ProgressStyle.AUTO else progress
-    ctx.obj = Session(json=json, progress=style, verbosity=verbosity)
-    _set_up_logging(verbosity)
+    session: Session = ctx.obj
+    session.json, session.verbosity = json, -1 if quiet else verbose
+    session.progress = ProgressStyle.NONE if quiet and progress is ProgressStyle.AUTO else progress
+    _set_up_logging(session.verbosity)
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and leave the process with the exit code that `sdconvert.errors` states."""
-    given = _globals_first(sys.argv[1:] if arguments is None else arguments)
-    session = Session(json="--json" in given)
-    verbose = any(flag in given for flag in ("-v", "-vv", "--verbose"))
-    sys.excepthook = functools.partial(_report_defect, session, verbose)
+    given = _globals_first(sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    session = Session(json="--json" in given)  # for errors in the options themselves
+    sys.excepthook = functools.partial(_report_defect, session)
     sys.exit(_run(given, session))
 
 
 def _run(arguments: list[str], session: Session) -> int:
     try:
-        status = app(arguments, prog_name="sdconvert", standalone_mode=False)
+        status = get_command(app).main(arguments, prog_name="sdconvert", standalone_mode=False, obj=session)
     except SdconvertError as error:
         session.fail(str(error.args[0]), error.hint, error.exit_code)
         return error.exit_code
@@ -84,9 +84,9 @@ def _run(arguments: list[str], session: Session) -> int:
 
 
 def _report_defect(
-    session: Session, verbose: bool, kind: type[BaseException], error: BaseException, trace: TracebackType | None
+    session: Session, kind: type[BaseException], error: BaseException, trace: TracebackType | None
 ) -> None:
-    if verbose:
+    if session.verbosity > 0:
         traceback.print_exception(kind, error, trace)
     hint = "this is a defect of sdconvert: run the same command with -v and report what it prints"
     session.fail(f"unexpected {kind.__name__}: {error}", hint, SdconvertError.exit_code)

@@ -7,7 +7,7 @@ import typer
 from sdconvert.cli.convert import RecipeArgument, SetOption
 from sdconvert.cli.session import Session
 
-app = typer.Typer(no_args_is_help=True, help="Show, check and document recipes.")
+app = typer.Typer(help="Show, check and document recipes.")
 
 
 @app.command()

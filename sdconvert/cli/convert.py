@@ -22,12 +22,12 @@ FromOption = Annotated[str | None, typer.Option("--from", metavar="STAGE", help=
 ToOption = Annotated[str | None, typer.Option("--to", metavar="STAGE", help="Last stage to bring up to date.")]
 
 STAGE_COMMANDS = {
-    "calibrate": ("calibration", "Run up to calibration: graph inputs recorded from the pipeline."),
-    "quantize": ("quantize", "Run up to quantization: ranges, encodings and the quantized weights."),
-    "export": ("export", "Run up to export: ONNX files with Q/DQ nodes."),
-    "compile": ("qnn", "Run up to compilation: a context binary per graph and SoC."),
-    "package": ("android", "Run up to packaging: the bundle for the phone."),
-    "report": ("report", "Run up to the report: pictures, plots and tables."),
+    "calibrate": ("calibration", "Run up to calibration."),
+    "quantize": ("quantize", "Run up to the quantized model and its encodings."),
+    "export": ("export", "Run up to the ONNX files."),
+    "compile": ("qnn", "Run up to the context binaries."),
+    "package": ("android", "Run up to the bundle for the phone."),
+    "report": ("report", "Run up to the report."),
 }
 
 
@@ -41,11 +41,15 @@ def convert(
     soc: SocOption = None,
     build: BuildOption = Path("build"),
 ) -> None:
-    """Convert a checkpoint into a bundle: bring every stage of the road up to date."""
+    """Convert a checkpoint into a bundle.
+
+    Every stage of the road is brought up to date: it is reused where nothing changed that it depends on, and redone
+    otherwise.
+    """
     _walk(ctx.obj, recipe, set_, soc, build, from_=from_, to=to, fresh=fresh)
 
 
-def stage_command(to: str, summary: str) -> Callable[..., None]:
+def stage_command(to: str) -> Callable[..., None]:
     """Make the command that walks the road up to the stage `to`."""
 
     def command(
@@ -58,7 +62,6 @@ def stage_command(to: str, summary: str) -> Callable[..., None]:
     ) -> None:
         _walk(ctx.obj, recipe, set_, soc, build, from_=None, to=to, fresh=fresh)
 
-    command.__doc__ = summary
     return command
 
 

@@ -31,11 +31,16 @@ class Check:
     hint: str = ""
 
 
-def doctor(ctx: typer.Context, build: Annotated[Path, typer.Option(help="Folder of all runs.")] = Path("build")) -> None:
-    """Check Python, packages, disk, memory and the QNN libraries; exit code 3 if something is missing."""
+def doctor(
+    ctx: typer.Context, build: Annotated[Path, typer.Option(help="Folder of all runs.")] = Path("build")
+) -> None:
+    """Check whether this machine is ready.
+
+    Looks at Python, packages, disk, memory and the QNN libraries; exit code 3 if something is missing.
+    """
     checks = [_python(), *_packages(), _qnn(), _disk(build), _memory()]
     session: Session = ctx.obj
-    rows = [(check.name, "ok" if check.ok else "missing", check.found) for check in checks]
+    rows = [(check.name, "ok" if check.ok else "no", check.found) for check in checks]
     session.show({"checks": [asdict(check) for check in checks]}, Table(("check", "state", "found"), rows))
     if failed := [check for check in checks if not check.ok]:
         raise EnvironmentProblem(
@@ -53,7 +58,12 @@ def _packages() -> Iterator[Check]:
     """Compare what sdconvert requires with what is installed."""
     from packaging.requirements import Requirement
 
-    for line in requires("sdconvert") or []:
+    try:
+        wanted = requires("sdconvert") or []
+    except PackageNotFoundError:
+        yield Check("sdconvert", False, "not installed, runs from its source", "run `make setup`")
+        return
+    for line in wanted:
         requirement = Requirement(line)
         if requirement.marker and not requirement.marker.evaluate():
             continue
@@ -69,8 +79,8 @@ def _qnn() -> Check:
     # Only looked up: importing it would load the libraries.
     spec = find_spec("onnxruntime_qnn")
     folder = Path(spec.origin).parent if spec and spec.origin else None
-    found = sorted(file.name for file in folder.rglob("libQnn*.so")) if folder else []
-    ok = {"libQnnHtp.so", "libQnnHtpPrepare.so"} <= set(found)
+    found = sorted(file.name for file in folder.rglob("lib*.so")) if folder else []
+    ok = {"libQnnHtp.so", "libHtpPrepare.so"} <= set(found)
     return Check(
         "QNN libraries", ok, f"{len(found)} in {folder}" if folder else "none", "run `make setup` on Linux x86-64"
     )

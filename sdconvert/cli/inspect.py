@@ -17,7 +17,10 @@ Summary = tuple[dict[str, Any], Table]
 
 
 def inspect(ctx: typer.Context, path: Annotated[Path, typer.Argument(help="What to look at.")]) -> None:
-    """Summarize a checkpoint, weights, encodings, ONNX file, context binary, bundle, stage or run folder."""
+    """Say what a file or folder holds.
+
+    Takes a checkpoint, weights, encodings, an ONNX file, a context binary, a bundle, a stage or a run folder.
+    """
     kind, describe = _recognize(path)
     data, table = describe(path)
     session: Session = ctx.obj
@@ -97,7 +100,9 @@ def _checkpoint(path: Path) -> Summary:
     for folder in sorted(path.iterdir()):
         if (folder / "config.json").is_file():
             components[folder.name], _ = _model(folder)
-    rows = [(name, c["class"], c["tensors"], f"{c['parameters']:,}", amount(c["bytes"])) for name, c in components.items()]
+    rows = [
+        (name, c["class"], c["tensors"], f"{c['parameters']:,}", amount(c["bytes"])) for name, c in components.items()
+    ]
     columns = ("component", "class", "tensors", "parameters", "size")
     data = {"pipeline": index.get("_class_name"), "components": components}
     return data, Table(columns, rows, right=columns[2:])
@@ -116,7 +121,7 @@ def _onnx(path: Path) -> Summary:
 
     model = onnx.load(path, load_external_data=False)
     operators = Counter(node.op_type for node in model.graph.node)
-    data = {
+    data: dict[str, Any] = {
         "opset": {opset.domain or "ai.onnx": opset.version for opset in model.opset_import},
         "nodes": operators.total(),
         "operators": dict(operators.most_common()),

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from sdconvert.cli.session import Session
+from sdconvert.cli.session import Session, Table
 
 
 class WeightsFormat(StrEnum):
@@ -18,16 +18,21 @@ class WeightsFormat(StrEnum):
 
 def mha2sha(
     ctx: typer.Context,
-    source: Annotated[Path, typer.Argument(help="A folder with state_dict_mha.*, a diffusers model folder, or weights.")],
+    source: Annotated[
+        Path, typer.Argument(help="A folder with state_dict_mha.*, a diffusers model folder, or weights.")
+    ],
     out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Folder of the result.")] = Path("sha"),
     num_heads: Annotated[
         int | None, typer.Option(min=1, help="Heads of every attention, where no config.json says so.")
     ] = None,
     format: Annotated[WeightsFormat | None, typer.Option(help="Format of the weights; default: the source's.")] = None,
 ) -> None:
-    """Split every attention into single heads, slice the encodings, and check the result against the source."""
+    """Split every attention into single heads.
+
+    Weights are cut into bit-equal slices, and encodings with them; the source is not touched.
+    """
     from sdconvert.mha2sha.command import convert_folder
 
-    summary = convert_folder(source, out, num_heads, format)
+    summary = vars(convert_folder(source, out, num_heads, format)) | {"source": str(source), "out": str(out)}
     session: Session = ctx.obj
-    session.show(summary, *(f"{key}: {value}" for key, value in summary.items()), f"written: {out}")
+    session.show(summary, Table(("what", "value"), list(summary.items())))

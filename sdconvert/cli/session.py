@@ -23,16 +23,18 @@ class ProgressStyle(StrEnum):
     NONE = "none"
 
 
-@dataclass(frozen=True)
+@dataclass
 class Session:
-    """The global options of one call."""
+    """The global options of one call, and whether its one JSON object is out already."""
 
     json: bool = False
     progress: ProgressStyle = ProgressStyle.AUTO
     verbosity: int = 0
+    shown: bool = False
 
     def show(self, data: Mapping[str, Any], *blocks: "Table | str") -> None:
         """Print a result: as one JSON object if asked for, otherwise as tables and lines for a reader."""
+        self.shown = True
         if self.json:
             from sdconvert.artifacts import to_json
 
@@ -46,8 +48,8 @@ class Session:
                 console.print(block, soft_wrap=True)
 
     def fail(self, message: str, hint: str, exit_code: int) -> None:
-        """Print an error to stderr, and as a JSON object to stdout if that is what the caller reads."""
-        if self.json:
+        """Print an error to stderr; who asked for JSON and has not got any result gets it as JSON on stdout too."""
+        if self.json and not self.shown:
             print(json.dumps({"error": {"message": message, "hint": hint, "exit_code": exit_code}}))
         print(f"error: {message}", file=sys.stderr)
         if hint:

@@ -151,9 +151,9 @@ def _is_zip(path: Path) -> bool:
 
 
 def _damaged(path: Path, error: Exception) -> CheckpointError:
-    reason = str(error).strip().splitlines()
+    reason = (str(error).strip() or "it ends early").splitlines()[0]
     return CheckpointError(
-        f"`{path}` ({path.stat().st_size} bytes) cannot be read as {path.suffix}: {reason[0] if reason else 'it ends early'}",
+        f"`{path}` ({path.stat().st_size} bytes) cannot be read as {path.suffix}: {reason}",
         hint="the file is truncated, damaged or of another format: copy or download it again",
     )
 
@@ -163,11 +163,10 @@ def _independent(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     seen: set[tuple[torch.device, int]] = set()
     own = {}
     for name, tensor in tensors.items():
-        tensor = tensor.detach().contiguous()
-        storage = tensor.untyped_storage()
+        own[name] = tensor.detach().contiguous()
+        storage = own[name].untyped_storage()
         key = (tensor.device, storage.data_ptr())
         if key in seen or storage.nbytes() != tensor.nbytes:
-            tensor = tensor.clone()
+            own[name] = own[name].clone()
         seen.add(key)
-        own[name] = tensor
     return own

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from sdconvert.errors import UnsupportedModelError
 from sdconvert.plugins import LayerMatch, PatchPluginBlock, PatchPluginContainer
-from sdconvert.plugins.selectors import unwrap
+from sdconvert.plugins.base import unwrap
 
 
 class ExplicitAttnProcessor:

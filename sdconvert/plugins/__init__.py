@@ -1,11 +1,14 @@
 """Surgery on models: four shapes of plugins that attach to a model, and leave it without trace or become part of it."""
 
-from sdconvert.plugins.base import BasePluginBlock, feeding
+from sdconvert.plugins.base import BasePluginBlock
 from sdconvert.plugins.check import require_fused
+from sdconvert.plugins.container import PatchPluginContainer
 from sdconvert.plugins.errors import ExecutionOrderError, PluginNameError
+from sdconvert.plugins.feeding import feeding
 from sdconvert.plugins.group import PluginGroup
-from sdconvert.plugins.linked import MultiPluginBlock, PluginBlock
-from sdconvert.plugins.patch import PatchPluginBlock, PatchPluginContainer
+from sdconvert.plugins.multi import MultiPluginBlock
+from sdconvert.plugins.pair import PluginBlock
+from sdconvert.plugins.patch import PatchPluginBlock
 from sdconvert.plugins.selectors import LayerMatch, match_layers
 from sdconvert.plugins.single import SinglePluginBlock
 

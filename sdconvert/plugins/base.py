@@ -1,4 +1,4 @@
-"""What all plugins share: a name on a host, hooks that survive copying, features that live for one call.
+"""What all plugins share: a name on a host, hooks, and that nothing is left when they go.
 
 A plugin is an `nn.Module` that becomes a child of its host, so its parameters travel in the host's `state_dict`. Every
 reference from a plugin back into the model is a plain attribute: ownership stays a tree, while `copy.deepcopy` and
@@ -7,86 +7,16 @@ reference from a plugin back into the model is a plain attribute: ownership stay
 
 import inspect
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 
 from sdconvert.errors import PluginError
 from sdconvert.plugins.errors import PluginNameError
+from sdconvert.plugins.hooks import PluginHook, plugin_hooks
 
 _HOOK_METHODS = ("forward", "from_layer_hook", "to_layer_hook")
-
-
-class PluginHook:
-    """One hook of one plugin on one module: an object and no lambda, so that it is copied with its model.
-
-    Args:
-        plugin: Whose method runs.
-        module: On which, once `attach` is called.
-        method: Name of a method `(module, args, kwargs, output, idx) -> result`; `output` is None before the forward.
-        pre: Run before the module's forward rather than after it.
-        idx: Handed to the method.
-        always: Run after the forward even if it raised.
-    """
-
-    def __init__(
-        self,
-        plugin: "BasePluginBlock",
-        module: nn.Module,
-        method: str,
-        *,
-        pre: bool,
-        idx: int = 0,
-        always: bool = False,
-    ) -> None:
-        self.plugin = plugin
-        self.module = module
-        self.method = method
-        self.pre = pre
-        self.idx = idx
-        self.always = always
-        self._handle: RemovableHandle | None = None
-
-    def attach(self) -> None:
-        """Start to run."""
-        if self.pre:
-            self._handle = self.module.register_forward_pre_hook(self, with_kwargs=True)
-        else:
-            self._handle = self.module.register_forward_hook(self, with_kwargs=True, always_call=self.always)
-
-    def detach(self) -> None:
-        """Stop running."""
-        if self._handle is not None:
-            self._handle.remove()
-            self._handle = None
-
-    def move(self, module: nn.Module) -> None:
-        """Run on another module from now on."""
-        self.detach()
-        self.module = module
-        self.attach()
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any = None) -> Any:
-        result = getattr(self.plugin, self.method)(module, args, kwargs, output, self.idx)
-        return _as_arguments(result, kwargs) if self.pre and result is not None else result
-
-
-def _as_arguments(result: Any, kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """What a pre-hook returned, as torch wants it: a value, a tuple of positional arguments, or both kinds."""
-    if isinstance(result, tuple):
-        match result:
-            case (tuple() as args, dict() as changed):
-                return args, changed
-        return result, kwargs
-    return (result,), kwargs
-
-
-def plugin_hooks(module: nn.Module) -> list[PluginHook]:
-    """The hooks that plugins have on `module`, in the order in which they run."""
-    hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
-    return [hook for hook in hooks if isinstance(hook, PluginHook)]
 
 
 class _AttachWhenBuilt(type):
@@ -117,7 +47,8 @@ class BasePluginBlock(nn.Module, metaclass=_AttachWhenBuilt):
         self.enabled = True
         self.attached = False
         self._hooks: list[PluginHook] = []
-        self._grafts: list[tuple[nn.Module, str, nn.Module]] = []
+        self._planned_grafts: list[tuple[nn.Module, str, nn.Module]] = []
+        self._grafts: list[tuple[nn.Module, str]] = []
         self._feeders: list[nn.Module] = []
         self._methods_with_kwargs: frozenset[str] = frozenset()
         self._refer(_anchor=host)
@@ -133,12 +64,14 @@ class BasePluginBlock(nn.Module, metaclass=_AttachWhenBuilt):
         self._methods_with_kwargs = frozenset(
             name for name, method in methods.items() if method and "fea_kwargs" in inspect.signature(method).parameters
         )
-        for parent, name, _ in self._grafts:
+        for parent, name, _ in self._planned_grafts:
             check_name(name, parent)
         self._register()
         self.train(self.host.training)
-        for parent, name, module in self._grafts:
+        for parent, name, module in self._planned_grafts:
             parent.add_module(name, module.train(parent.training))
+            self._grafts.append((parent, name))
+        self._planned_grafts.clear()
         for hook in self._hooks:
             hook.attach()
         self.attached = True
@@ -153,15 +86,7 @@ class BasePluginBlock(nn.Module, metaclass=_AttachWhenBuilt):
         """
         self._require_attached("removed")
         self._unregister()
-        for parent, name, _ in self._grafts:
-            del parent._modules[name]
-        for hook in self._hooks:
-            hook.detach()
-        self._hooks.clear()
-        for model in self._feeders:
-            self._stop_feeding_from(model)
-        self._feeders.clear()
-        self.attached = False
+        self._let_go()
 
     def fuse(self) -> None:
         """Write the plugin's effect into the host for good, and take the plugin off.
@@ -208,11 +133,23 @@ class BasePluginBlock(nn.Module, metaclass=_AttachWhenBuilt):
         self.__dict__.update(modules)
 
     def _register(self) -> None:
-        check_name(self.name, self.host)
+        check_child(self.name, self.host)
         self.host.add_module(self.name, self)
 
     def _unregister(self) -> None:
         del self.host._modules[self.name]
+
+    def _let_go(self) -> None:
+        """Take back all that the plugin has outside its own place."""
+        for parent, name in self._grafts:
+            del parent._modules[name]
+        for hook in self._hooks:
+            hook.detach()
+        for model in self._feeders:
+            self._stop_feeding_from(model)
+        for held in (self._grafts, self._hooks, self._feeders):
+            held.clear()
+        self.attached = False
 
     def _hook(self, module: nn.Module, method: str, *, pre: bool, idx: int = 0, always: bool = False) -> None:
         """Plan a hook; it runs from attachment on."""
@@ -220,7 +157,7 @@ class BasePluginBlock(nn.Module, metaclass=_AttachWhenBuilt):
 
     def _graft(self, parent: nn.Module, name: str, module: nn.Module) -> None:
         """Plan a child for another module than the plugin: for keys that a checkpoint's layout demands there."""
-        self._grafts.append((parent, name, module))
+        self._planned_grafts.append((parent, name, module))
 
     def _invoke(self, method: str, *args: Any, fea_kwargs: dict[str, Any]) -> Any:
         """Call one of the plugin's own methods, with keyword arguments only if it names them."""
@@ -244,6 +181,13 @@ class BasePluginBlock(nn.Module, metaclass=_AttachWhenBuilt):
             )
 
 
+def unwrap(module: nn.Module) -> nn.Module:
+    """The layer inside its patch containers, if it has any."""
+    while "_host" in module._modules:
+        module = module.get_submodule("_host")
+    return module
+
+
 def check_name(name: str, host: nn.Module) -> None:
     """Refuse a plugin name that would shadow something on the host or make keys ambiguous.
 
@@ -259,51 +203,33 @@ def check_name(name: str, host: nn.Module) -> None:
         )
 
 
+def check_child(name: str, host: nn.Module) -> None:
+    """Refuse a plugin as a child of `host` for its name, or because the host runs its children one after another.
+
+    Raises:
+        PluginError: Says which.
+    """
+    layer = unwrap(host)
+    if isinstance(layer, nn.Sequential | nn.ModuleList | nn.ModuleDict):
+        raise PluginError(
+            f"plugin `{name}` cannot be a child of a {type(layer).__name__}, which takes every child for one of its "
+            "layers",
+            hint="attach it to one of the layers or to the module around them; a PatchPluginBlock works here too",
+        )
+    check_name(name, host)
+
+
+def hanging_on(host: nn.Module) -> list[BasePluginBlock]:
+    """The plugins that are children of `host` and hang on it."""
+    children = host._modules.values()
+    return [child for child in children if isinstance(child, BasePluginBlock) and child.host is host]
+
+
 def move_plugins(old: nn.Module, new: nn.Module) -> None:
     """Carry the plugins and their hooks that sit on `old` over to `new`, which takes its place in the model."""
     for hook in plugin_hooks(old):
         hook.move(new)
-    for name, child in list(old._modules.items()):
-        if isinstance(child, BasePluginBlock) and child.host is old:
-            del old._modules[name]
-            check_name(name, new)
-            new.add_module(name, child)
-            child._refer(_anchor=new)
-
-
-@contextmanager
-def feeding(model: nn.Module, **data: Any) -> Iterator[None]:
-    """Hand extra inputs (control image, timestep, ...) to the plugins of `model` for the calls inside the block.
-
-    What a plugin keeps of them is forgotten at the end of the block.
-
-    Raises:
-        PluginError: No plugin of the model takes extra inputs.
-    """
-    feeders = list(getattr(model, "input_feeder", []))
-    if not feeders:
-        raise PluginError(
-            f"no plugin of {type(model).__name__} takes extra inputs ({', '.join(data)})",
-            hint="the plugin calls self.register_input_feeder_to(model) in its constructor",
-        )
-    with ExitStack() as fed:
-        for feeder in feeders:
-            fed.enter_context(_fed(feeder, data))
-        yield
-
-
-@contextmanager
-def _fed(feeder: Any, data: dict[str, Any]) -> Iterator[None]:
-    plugin: BasePluginBlock = feeder.__self__
-    before = dict(vars(plugin))
-    changed: set[str] = set()
-    try:
-        try:
-            feeder(data)
-        finally:
-            changed = {name for name, value in vars(plugin).items() if name not in before or before[name] is not value}
-        yield
-    finally:
-        for name in changed:
-            plugin.__dict__.pop(name, None)
-        plugin.__dict__.update({name: before[name] for name in changed & before.keys()})
+    for plugin in hanging_on(old):
+        del old._modules[plugin.name]
+        new.add_module(plugin.name, plugin)
+        plugin._refer(_anchor=new)

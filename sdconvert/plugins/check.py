@@ -3,7 +3,7 @@
 from torch import nn
 
 from sdconvert.errors import PluginError
-from sdconvert.plugins.patch import PatchPluginContainer
+from sdconvert.plugins.container import PatchPluginContainer
 from sdconvert.plugins.single import SinglePluginBlock
 
 

@@ -1,7 +1,5 @@
 """A set of plugins that were attached together, by the path of their layer."""
 
-from torch import nn
-
 from sdconvert.errors import PluginError
 from sdconvert.plugins.base import BasePluginBlock
 
@@ -13,11 +11,6 @@ class PluginGroup(dict[str, BasePluginBlock]):
     def plugins(self) -> list[BasePluginBlock]:
         """Each plugin once, in the order of attachment."""
         return list(dict.fromkeys(self.values()))
-
-    @property
-    def parameters(self) -> list[nn.Parameter]:
-        """The parameters of all plugins."""
-        return [parameter for plugin in self.plugins for parameter in plugin.parameters()]
 
     def remove(self) -> None:
         """Take all plugins off, the last attached first.

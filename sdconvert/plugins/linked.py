@@ -1,4 +1,4 @@
-"""Plugins that carry features from some layers of a model to others: one to one, or many to many.
+"""What plugins share that carry features from some layers of a model to others.
 
 A feature lives for one call of the host model: when the model's forward begins and when it ends (also by an
 exception), the plugin forgets every tensor that it has put into a plain attribute of its own since. What is to last
@@ -7,16 +7,14 @@ belongs into buffers.
 
 import copy
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack
 from typing import Any
 
 from torch import Tensor, nn
 
 from sdconvert.errors import PluginError
-from sdconvert.plugins.base import BasePluginBlock
+from sdconvert.plugins.base import BasePluginBlock, unwrap
 from sdconvert.plugins.errors import ExecutionOrderError
-from sdconvert.plugins.group import PluginGroup
-from sdconvert.plugins.selectors import LayerMatch, iter_layers, match_layers
+from sdconvert.plugins.selectors import LayerMatch, iter_layers
 
 Layer = LayerMatch | Mapping[str, Any]
 
@@ -24,7 +22,7 @@ Layer = LayerMatch | Mapping[str, Any]
 _LASTING = frozenset({*vars(nn.Module()), "_anchor", "host_model", "_hooks", "_feeders", "_before_call"})
 
 
-class _LinkedPlugin(BasePluginBlock):
+class LinkedPlugin(BasePluginBlock):
     """What both shapes share: the host model's call as the scope of features."""
 
     host_model: nn.Module
@@ -90,175 +88,12 @@ def holds_tensor(value: Any) -> bool:
     return isinstance(value, Tensor)
 
 
-class PluginBlock(_LinkedPlugin):
-    """A plugin from one layer to one layer.
-
-    `forward(fea_from_in, fea_in, fea_out)` gets the from-layer's positional inputs and the to-layer's positional
-    inputs and output; its result replaces the to-layer's output or, for a `pre_hook:` layer (`fea_out` is None), its
-    inputs. The plugin is registered on the from-layer.
-
-    Args:
-        name: Of the plugin on the from-layer.
-        from_layer: From `match_layers`, or `{"layer": module, "pre_hook": bool}`.
-        to_layer: Likewise.
-        host_model: Whose call is the scope of the feature; a `LayerMatch` brings it along.
+def model_of(layers: Sequence[Layer], host_model: nn.Module | None) -> nn.Module:
+    """The model that layers belong to: the one given, or the one in which they were found.
 
     Raises:
-        PluginError: The model is not known, or does not contain a layer.
+        PluginError: Neither is there.
     """
-
-    def __init__(
-        self, name: str | int, from_layer: Layer, to_layer: Layer, host_model: nn.Module | None = None
-    ) -> None:
-        root = _model_of([from_layer, to_layer], host_model)
-        source, target = _located(from_layer, root), _located(to_layer, root)
-        super().__init__(name, source.module, root)
-        self.from_path, self.to_path = source.path, target.path
-        self.feat_from: Any = None
-        self._link([(source, "_from_hook", 0), (target, "_to_hook", 0)])
-
-    @classmethod
-    def wrap_model(
-        cls,
-        name: str | int,
-        model: nn.Module,
-        from_layer: str | Iterable[str],
-        to_layer: str | Iterable[str],
-        **kwargs: Any,
-    ) -> PluginGroup:
-        """Attach one plugin to each pair of the layers that the selectors find, in their order, or none at all.
-
-        Raises:
-            PluginError: The selectors find unequal numbers of layers.
-        """
-        sources, targets = (match_layers(from_layer, model), match_layers(to_layer, model))
-        if len(sources) != len(targets):
-            raise PluginError(
-                f"{cls.__name__} pairs from-layers with to-layers, but there are {len(sources)} and {len(targets)}: "
-                f"from [{_paths(sources)}] to [{_paths(targets)}]",
-                hint="change the selectors so that both find as many",
-            )
-        group = PluginGroup()
-        with ExitStack() as undo:
-            for source, target in zip(sources, targets, strict=True):
-                group[source.path] = cls(name, source, target, **kwargs)
-                undo.callback(group[source.path].remove)
-            undo.pop_all()
-        return group
-
-    def from_layer_hook(self, host: nn.Module, fea_in: tuple[Any, ...], fea_out: Any) -> None:
-        """Keep the from-layer's positional inputs."""
-        self.feat_from = fea_in if self.feat_from is None else self.reduce(self.feat_from, fea_in)
-
-    def to_layer_hook(self, host: nn.Module, fea_in: tuple[Any, ...], fea_out: Any, fea_kwargs: dict[str, Any]) -> Any:
-        """Run `forward` on what the from-layer gave.
-
-        Raises:
-            ExecutionOrderError: The from-layer has not run in this call.
-        """
-        if self.feat_from is None:
-            raise ExecutionOrderError(
-                f"plugin `{self.name}`: layer `{self.to_path}` runs before `{self.from_path}`, which is to feed it",
-                hint="exchange the two layers, or choose a from-layer that runs earlier",
-            )
-        return self._invoke("forward", self.feat_from, fea_in, fea_out, fea_kwargs=fea_kwargs)
-
-    def _from_hook(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any, idx: int) -> None:
-        if self.enabled and self._in_call:
-            self._invoke("from_layer_hook", module, args, output, fea_kwargs=kwargs)
-
-    def _to_hook(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any, idx: int) -> Any:
-        if not self.enabled:
-            return None
-        self._require_call(self.to_path)
-        return self._invoke("to_layer_hook", module, args, output, fea_kwargs=kwargs)
-
-
-class MultiPluginBlock(_LinkedPlugin):
-    """A plugin from several layers to several layers, registered on the host model.
-
-    By default `forward` gets the list of the from-layers' positional inputs once all of them have run, and returns a
-    feature for each to-layer, which is added to its output (to its first input for a `pre_hook:` layer). Override
-    `from_layer_hook` and `to_layer_hook` for anything else.
-
-    Args:
-        name: Of the plugin on the host model.
-        from_layers: From `match_layers`, or `{"layer": module, "pre_hook": bool}` each.
-        to_layers: Likewise.
-        host_model: Whose call is the scope of the features.
-
-    Raises:
-        PluginError: The model is not known, or does not contain a layer.
-    """
-
-    def __init__(
-        self,
-        name: str | int,
-        from_layers: Sequence[Layer],
-        to_layers: Sequence[Layer],
-        host_model: nn.Module | None = None,
-    ) -> None:
-        root = _model_of([*from_layers, *to_layers], host_model)
-        super().__init__(name, root, root)
-        sources = [_located(layer, root) for layer in from_layers]
-        targets = [_located(layer, root) for layer in to_layers]
-        self.from_paths, self.to_paths = ([layer.path for layer in layers] for layers in (sources, targets))
-        self.feat_from: dict[int, Any] = {}
-        self.feat_to: Any = None
-        self._link(
-            [(layer, "_from_hook", idx) for idx, layer in enumerate(sources)]
-            + [(layer, "_to_hook", idx) for idx, layer in enumerate(targets)]
-        )
-
-    @classmethod
-    def wrap_model(
-        cls,
-        name: str | int,
-        model: nn.Module,
-        from_layers: str | Iterable[str],
-        to_layers: str | Iterable[str],
-        **kwargs: Any,
-    ) -> PluginGroup:
-        """Attach one plugin to all the layers that the selectors find."""
-        sources, targets = (match_layers(from_layers, model), match_layers(to_layers, model))
-        return PluginGroup({"": cls(name, sources, targets, host_model=model, **kwargs)})
-
-    def from_layer_hook(self, host: nn.Module, fea_in: tuple[Any, ...], fea_out: Any, idx: int) -> None:
-        """Keep the positional inputs of from-layer `idx`; run `forward` when all from-layers have given theirs."""
-        self.feat_from[idx] = self.reduce(self.feat_from[idx], fea_in) if idx in self.feat_from else fea_in
-        if len(self.feat_from) == len(self.from_paths):
-            self.feat_to = self([self.feat_from[key] for key in sorted(self.feat_from)])
-
-    def to_layer_hook(self, host: nn.Module, fea_in: tuple[Any, ...], fea_out: Any, idx: int) -> Any:
-        """Add feature `idx` to what leaves or enters to-layer `idx`.
-
-        Raises:
-            ExecutionOrderError: A from-layer has not run in this call.
-        """
-        if self.feat_to is None:
-            missing = [path for key, path in enumerate(self.from_paths) if key not in self.feat_from]
-            raise ExecutionOrderError(
-                f"plugin `{self.name}`: layer `{self.to_paths[idx]}` runs before "
-                f"{', '.join(f'`{path}`' for path in missing)}, which is to feed it",
-                hint="exchange the layers, or choose from-layers that run earlier",
-            )
-        if fea_out is None:
-            return (fea_in[0] + self.feat_to[idx], *fea_in[1:])
-        return fea_out + self.feat_to[idx]
-
-    def _from_hook(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any, idx: int) -> Any:
-        if not (self.enabled and self._in_call):
-            return None
-        return self._invoke("from_layer_hook", module, args, output, idx, fea_kwargs=kwargs)
-
-    def _to_hook(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any, idx: int) -> Any:
-        if not self.enabled:
-            return None
-        self._require_call(self.to_paths[idx])
-        return self._invoke("to_layer_hook", module, args, output, idx, fea_kwargs=kwargs)
-
-
-def _model_of(layers: Sequence[Layer], host_model: nn.Module | None) -> nn.Module:
     found = (layer.model for layer in layers if isinstance(layer, LayerMatch))
     model = host_model if host_model is not None else next(found, None)
     if model is None:
@@ -269,16 +104,22 @@ def _model_of(layers: Sequence[Layer], host_model: nn.Module | None) -> nn.Modul
     return model
 
 
-def _located(layer: Layer, model: nn.Module) -> LayerMatch:
-    module: nn.Module = layer["layer"]
+def located(layer: Layer, model: nn.Module) -> LayerMatch:
+    """A layer as `model` has it now: with its path, and in its container if it has got one meanwhile.
+
+    Raises:
+        PluginError: The model does not contain it.
+    """
+    module = unwrap(layer["layer"])
     for path, candidate in iter_layers(model):
-        if candidate is module:
-            return LayerMatch(path, module, bool(layer["pre_hook"]), model)
+        if unwrap(candidate) is module:
+            return LayerMatch(path, candidate, bool(layer["pre_hook"]), model)
     raise PluginError(
         f"{type(model).__name__} contains no such {type(module).__name__}",
         hint="find layers in the model itself: match_layers(selectors, model)",
     )
 
 
-def _paths(layers: Sequence[LayerMatch]) -> str:
+def paths_of(layers: Sequence[LayerMatch]) -> str:
+    """Layers as a message shows them."""
     return ", ".join(f"`{'pre_hook:' if layer.pre_hook else ''}{layer.path}`" for layer in layers)

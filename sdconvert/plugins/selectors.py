@@ -18,7 +18,7 @@ from typing import Any
 from torch import nn
 
 from sdconvert.errors import PluginError
-from sdconvert.plugins.base import BasePluginBlock
+from sdconvert.plugins.base import BasePluginBlock, unwrap
 
 _PREFIX = re.compile(r"(re|pre_hook|prehook|cls\((?P<cls>\w+)\)):")
 _ANY_PREFIX = re.compile(r"\w+(\([^)]*\))?:")
@@ -52,13 +52,6 @@ class _Selector:
     regex: bool
     pre_hook: bool
     cls: str | None
-
-
-def unwrap(module: nn.Module) -> nn.Module:
-    """The layer inside its patch containers, if it has any."""
-    while "_host" in module._modules:
-        module = module.get_submodule("_host")
-    return module
 
 
 def iter_layers(

@@ -6,8 +6,8 @@ import torch
 from torch import nn
 
 from sdconvert.errors import PluginError
-from sdconvert.plugins.base import PluginHook
-from sdconvert.plugins.selectors import unwrap
+from sdconvert.plugins.base import unwrap
+from sdconvert.plugins.hooks import PluginHook
 from sdconvert.plugins.wrapping import WrapablePlugin
 
 
@@ -55,7 +55,8 @@ class SinglePluginBlock(WrapablePlugin):
             PluginError: There is no `hook_param`, or an earlier plugin stands in for the same parameter.
         """
         if self.hook_param is None:
-            return super().fuse_into_host()
+            super().fuse_into_host()
+            return
         first = self._first_on_param(self.host)
         if first is not self:
             raise PluginError(

@@ -8,9 +8,9 @@ from typing import Any, ClassVar, Self
 from torch import nn
 
 from sdconvert.errors import PluginError
-from sdconvert.plugins.base import BasePluginBlock
+from sdconvert.plugins.base import BasePluginBlock, unwrap
 from sdconvert.plugins.group import PluginGroup
-from sdconvert.plugins.selectors import LayerMatch, iter_layers, unwrap
+from sdconvert.plugins.selectors import LayerMatch, iter_layers
 
 
 class WrapablePlugin(BasePluginBlock):

@@ -14,7 +14,7 @@ from sdconvert.artifacts import write_json_atomic
 from sdconvert.errors import PreconditionError
 from sdconvert.qnn.context import Context, TensorSpec
 from sdconvert.qnn.info import ContextInfo, check_context_info, parse_context_info
-from sdconvert.qnn.soc import Soc, find_soc
+from sdconvert.soc import Soc, find_soc
 
 __all__ = [
     "Context",

@@ -15,7 +15,7 @@ from sdconvert.artifacts import atomic_file
 from sdconvert.errors import CompileError, UsageError
 from sdconvert.qnn.info import ContextInfo, check_context_info, read_context_info
 from sdconvert.qnn.refusal import explain_refusal
-from sdconvert.qnn.soc import Soc
+from sdconvert.soc import Soc
 
 FinalizationMode = Literal[2, 3]
 """HTP graph finalization. Mode 1 computes garbage (SQNR below 0 dB in the simulator), so it cannot be asked for."""

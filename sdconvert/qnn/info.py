@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sdconvert.errors import CompileError
-from sdconvert.qnn.soc import Soc
+from sdconvert.soc import Soc
 
 _FIELDS = {
     "soc_type": rb";soc_type=([^;]+);",

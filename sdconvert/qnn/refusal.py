@@ -9,7 +9,7 @@ from pathlib import Path
 
 from sdconvert.artifacts import disk_full
 from sdconvert.errors import CompileError, SdconvertError
-from sdconvert.qnn.soc import Soc
+from sdconvert.soc import Soc
 
 _REFUSED = re.compile(r"\{ name: (?P<name>.*?), type: (?P<type>\w+) \}")
 _REASONS = re.compile(

@@ -24,6 +24,7 @@ class QuantizerSet:
     def __init__(self) -> None:
         self.activations: dict[str, QuantizeDequantize] = {}
         self.parameters: dict[str, QuantizeDequantize] = {}
+        self.sources: dict[str, str] = {}
         self.fixed_ranges: dict[str, tuple[float, float]] = {}
 
 
@@ -42,6 +43,7 @@ def insert_quantizers(graph_module: GraphModule, settings: QuantizerSettings) ->
         if parameter.op in settings.parameters and not parameter.is_bias:
             grid = settings.parameters[parameter.op]
             quantizers.parameters[parameter.name] = _insert(graph_module, parameter.node, grid)
+            quantizers.sources[parameter.name] = str(parameter.node.target)
     for operand in seconds:
         # The operand's source has its own quantizer by now: this one comes after it, on this edge alone.
         source = operand.matmul.args[1]
@@ -55,9 +57,11 @@ def insert_quantizers(graph_module: GraphModule, settings: QuantizerSettings) ->
 
 def calibrate(graph_module: GraphModule, quantizers: QuantizerSet, batches: Iterator[tuple[Tensor, ...]]) -> None:
     """Take the range of every quantizer from the data, then set the ranges that the op itself fixes."""
-    everything = [*quantizers.activations.values(), *quantizers.parameters.values()]
     with torch.no_grad(), ExitStack() as stack:
-        for quantizer in everything:
+        for name, quantizer in quantizers.parameters.items():
+            with quantizer.compute_encodings():
+                quantizer(graph_module.get_parameter(quantizers.sources[name]))
+        for quantizer in quantizers.activations.values():
             stack.enter_context(quantizer.compute_encodings())
         for batch in batches:
             graph_module(*batch)
@@ -107,11 +111,10 @@ def _set_exactly(quantizer: QuantizeDequantize, entries: list[Encoding]) -> None
 @contextmanager
 def without_operand_quantizers(graph_module: GraphModule, quantizers: QuantizerSet) -> Iterator[None]:
     """Take the second operands' quantizers out for the block: the ONNX exporter gives them their own Q/DQ pair."""
-    taken = {}
-    for name, module in list(graph_module.named_children()):
-        if any(module is quantizers.activations[key] for key in quantizers.activations if key.endswith(".second")):
-            taken[name] = module
-            setattr(graph_module, name, nn.Identity())
+    seconds = {id(quantizer) for key, quantizer in quantizers.activations.items() if key.endswith(graph.SECOND)}
+    taken = {name: module for name, module in graph_module.named_children() if id(module) in seconds}
+    for name in taken:
+        setattr(graph_module, name, nn.Identity())
     try:
         yield
     finally:

@@ -52,6 +52,7 @@ MOVE_OPS = {
     aten.slice.Tensor,
     aten.pad.default,
 }
+SECOND = ".second"
 _NO_EFFECT = {aten.dropout.default, aten.contiguous.default, aten.clone.default, aten.to.dtype, aten.alias.default}
 
 
@@ -136,7 +137,7 @@ def parameters(graph_module: GraphModule) -> list[Parameter]:
 def operands(graph_module: GraphModule) -> list[Operand]:
     """All second operands of MatMul."""
     return [
-        Operand(f"{value.key}.second", value.node, second)
+        Operand(f"{value.key}{SECOND}", value.node, second)
         for value in values(graph_module)
         if value.op == "matmul" and isinstance(second := value.node.args[1], Node)
     ]

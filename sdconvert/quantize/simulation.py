@@ -5,8 +5,8 @@ turns into ONNX: nothing is quantized twice in two ways.
 """
 
 from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -102,10 +102,11 @@ class Simulation:
         reference, simulated = runs
         return {key: sqnr_db(reference[key], simulated[key]) for key in reference}
 
-    def parameters(self) -> dict[str, Tensor]:
-        """Weights and biases of the graph by the model's own names."""
-        return {item.name: self._parameter(item.node) for item in graph.parameters(self.graph_module)}
+    def operand_encodings(self) -> list[Encoding]:
+        """Encodings of the second operands of MatMul, in execution order."""
+        found = aimet.read(self.quantizers.activations)
+        return [entries[0] for key, entries in found.items() if key.endswith(graph.SECOND)]
 
-    def _parameter(self, node: Any) -> Tensor:
-        tensor: Tensor = self.graph_module.get_parameter(node.target).detach()
-        return tensor
+    def without_operand_quantizers(self) -> AbstractContextManager[None]:
+        """Take the second operands' quantizers out for a block, for an exporter that writes them itself."""
+        return aimet.without_operand_quantizers(self.graph_module, self.quantizers)

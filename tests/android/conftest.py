@@ -10,7 +10,7 @@ from bundle_request import BundleRequest
 from sdconvert.android.bundle import Sample
 from sdconvert.qnn.context import compile_context
 from sdconvert.qnn.simulator import Simulator
-from sdconvert.qnn.soc import find_soc
+from sdconvert.soc import find_soc
 
 # Quantized at its border and inside, as every exported graph is; the scales hold [-4, 4] and [0, 1].
 GATE = """

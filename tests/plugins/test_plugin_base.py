@@ -81,9 +81,26 @@ class Halve(PatchPluginBlock):
         return output * self.p + x
 
 
-def build() -> nn.Sequential:
+class Chain(nn.Module):
+    """Layers in a row, with the names that a Sequential would give them."""
+
+    def __init__(self, *layers: nn.Module) -> None:
+        super().__init__()
+        for i, layer in enumerate(layers):
+            self.add_module(str(i), layer)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.get_submodule(str(index))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for i in range(5):
+            x = self[i](x)
+        return x
+
+
+def build() -> Chain:
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(4, 4), nn.GELU(), nn.Linear(4, 4), nn.GELU(), nn.Linear(4, 4)).eval()
+    return Chain(nn.Linear(4, 4), nn.GELU(), nn.Linear(4, 4), nn.GELU(), nn.Linear(4, 4)).eval()
 
 
 ATTACH: dict[str, Callable[[nn.Module], BasePluginBlock]] = {
@@ -138,7 +155,7 @@ def test_state_dicts_load_into_a_plugged_model(kind: str) -> None:
             parameter.add_(1)
     model.load_state_dict(other.state_dict())
     assert torch.equal(run(model), run(other))
-    plain = {key: value for key, value in build().state_dict().items()}
+    plain = build().state_dict()
     missing = model.load_state_dict(plain, strict=False)
     assert not missing.unexpected_keys
     assert all("plugin" in key for key in missing.missing_keys)
@@ -295,9 +312,22 @@ def test_h8_the_same_name_twice(kind: str, structure: Any) -> None:
 
 
 def test_h8_a_child_of_the_host_is_not_replaced() -> None:
-    model = nn.ModuleDict({"control": nn.Linear(2, 2), "x": nn.Linear(2, 2)})
+    model = build()
+    model.control = nn.Linear(4, 4)
     with pytest.raises(PluginNameError, match="is a Linear"):
-        Mix("control", match_layers("x", model), match_layers("x", model))
+        Mix("control", match_layers("0", model), match_layers("1", model))
+
+
+@pytest.mark.parametrize("host", [nn.Sequential(nn.Linear(4, 4)), nn.ModuleList(), nn.ModuleDict()])
+def test_containers_that_run_their_children_take_none(host: nn.Module, structure: Any) -> None:
+    before = structure(host)
+    with pytest.raises(PluginError, match="takes every child for one of its layers"):
+        Scale("scale", host)
+    assert structure(host) == before
+    model = nn.Sequential(host)
+    Affine("patch", host, host_model=model, a=1.0, b=0.0)
+    with pytest.raises(PluginError, match="takes every child for one of its layers"):
+        Scale("scale", model[0])
 
 
 class SeesAll(SinglePluginBlock):

@@ -59,7 +59,7 @@ def test_unknown_prefix_lists_the_known_ones(model: nn.Module, selector: str) ->
 
 
 def test_no_match_shows_the_nearest_names(model: nn.Module) -> None:
-    with pytest.raises(PluginError, match=r"nearest: `down\.attn`, `up\.attn`, "):
+    with pytest.raises(PluginError, match=r"nearest: `down\.attn`, `down\.ff`, `down`"):
         match_layers("down.atn", model)
     with pytest.raises(PluginError, match=r"nearest: .*`down\.ff\.0 \(Wide\)`"):
         match_layers("cls(Wid):re:.*ff", model)
@@ -79,7 +79,7 @@ def test_match_reads_as_the_guides_dict(model: nn.Module) -> None:
 
 def test_paths_do_not_change_with_plugins(model: nn.Module) -> None:
     before = [match.path for match in match_layers("re:", model)]
-    SinglePluginBlock("single", model.get_submodule("up"))
+    SinglePluginBlock("single", model.get_submodule("up.attn"))
     PatchPluginBlock("patch", model.get_submodule("down.ff"), host_model=model)
     PatchPluginBlock("patch", model.get_submodule("up.attn"), host_model=model)
     assert [match.path for match in match_layers("re:", model)] == before

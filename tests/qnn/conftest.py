@@ -8,7 +8,7 @@ import pytest
 from qdq_graph import conv_silu_conv, group_norm, matmul
 
 from sdconvert.qnn.context import Context, compile_context
-from sdconvert.qnn.soc import find_soc
+from sdconvert.soc import find_soc
 
 GRAPHS: dict[str, Callable[[Path], Path]] = {
     "conv": conv_silu_conv,

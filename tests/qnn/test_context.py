@@ -12,7 +12,7 @@ from sdconvert.artifacts import sha256_file
 from sdconvert.errors import CompileError, EnvironmentProblem, UsageError
 from sdconvert.qnn.context import Context, compile_context
 from sdconvert.qnn.info import check_context_info, parse_context_info, read_context_info
-from sdconvert.qnn.soc import find_soc
+from sdconvert.soc import find_soc
 
 Compiled = Callable[[str, str], Context]
 

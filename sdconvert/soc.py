@@ -55,7 +55,7 @@ class Soc:
 @cache
 def soc_table() -> dict[str, Soc]:
     """Return every SoC of the table by name, in alphabetical order."""
-    with (files("sdconvert.qnn") / "soc.csv").open(encoding="utf-8") as file:
+    with (files("sdconvert") / "soc.csv").open(encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     return {
         row["name"]: Soc(
@@ -99,5 +99,5 @@ def _nearest(wanted: str, table: dict[str, Soc]) -> str:
             labels[soc.marketing.upper()] = labels[soc.marketing.upper().removeprefix("SNAPDRAGON ")] = soc.name
     close = dict.fromkeys(labels[match] for match in difflib.get_close_matches(wanted, labels, n=5, cutoff=0.5))
     if not close:
-        return "names look like SM8650 (Snapdragon 8 Gen 3); the table is sdconvert/qnn/soc.csv"
+        return "names look like SM8650 (Snapdragon 8 Gen 3); the table is sdconvert/soc.csv"
     return "did you mean " + ", ".join(f"{n} ({m})" if (m := table[n].marketing) else n for n in close) + "?"

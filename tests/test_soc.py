@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sdconvert.errors import UsageError
-from sdconvert.qnn.soc import find_soc, soc_table
+from sdconvert.soc import find_soc, soc_table
 
 HTP_NAMES = sorted(name for name, soc in soc_table().items() if soc.arch >= 68)
 

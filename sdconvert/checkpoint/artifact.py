@@ -1,0 +1,22 @@
+"""What the checkpoint stage leaves for later ones: a diffusers folder that is known to load."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from sdconvert.pipelines.pasd import PASDPipeline
+
+
+@dataclass(frozen=True)
+class CheckpointArtifact:
+    """The stage's folder."""
+
+    folder: Path
+
+    @property
+    def model_folder(self) -> Path:
+        """The diffusers folder."""
+        return self.folder / "model"
+
+    def pipeline(self) -> PASDPipeline:
+        """Load it anew, in fp32."""
+        return PASDPipeline.from_pretrained(self.model_folder)

@@ -1,0 +1,120 @@
+"""The one rename map: which rows of which parameter become which head's.
+
+    to_q.weight (heads * d, C)  ->  to_q_convs.0.weight (d, C, 1, 1)   rows 0 … d
+                                    to_q_convs.1.weight (d, C, 1, 1)   rows d … 2d  …
+"""
+
+import difflib
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from sdconvert.errors import CheckpointError, UsageError
+
+PROJECTIONS = ("to_q", "to_k", "to_v")
+_PARAMETER = re.compile(rf"^(?P<layer>.+)\.(?P<projection>{'|'.join(PROJECTIONS)})\.(?P<kind>weight|bias)$")
+_HEAD = re.compile(rf"\.(?:{'|'.join(PROJECTIONS)})_convs\.\d+\.(?:weight|bias)$")
+
+
+@dataclass(frozen=True)
+class HeadSplit:
+    """How one parameter of one attention layer is cut: head i takes rows i * rows to (i + 1) * rows."""
+
+    layer: str
+    projection: str
+    kind: str
+    heads: int
+    rows: int
+
+    @property
+    def parent(self) -> str:
+        """Key of the whole parameter."""
+        return f"{self.layer}.{self.projection}.{self.kind}"
+
+    def child(self, head: int) -> str:
+        """Key of one head's part."""
+        return f"{self.layer}.{self.projection}_convs.{head}.{self.kind}"
+
+    def parts(self) -> Iterator[tuple[str, slice]]:
+        """Key and rows of every head."""
+        for head in range(self.heads):
+            yield self.child(head), slice(head * self.rows, (head + 1) * self.rows)
+
+
+def head_splits(shapes: Mapping[str, tuple[int, ...]], heads: Mapping[str, int]) -> list[HeadSplit]:
+    """Plan the cuts of a state dict.
+
+    Args:
+        shapes: Of every parameter.
+        heads: Head count of every attention layer, by path.
+
+    Raises:
+        CheckpointError: There is no attention, it is split already, a layer has no head count, or rows do not divide.
+    """
+    if done := [key for key in shapes if _HEAD.search(key)]:
+        raise CheckpointError(
+            f"the weights are in SHA form already: `{done[0]}` and {len(done) - 1} more",
+            hint="name the folder with the MHA form",
+        )
+    splits = []
+    for key, shape in shapes.items():
+        if not (match := _PARAMETER.match(key)):
+            continue
+        layer, count = match["layer"], heads.get(match["layer"])
+        if count is None:
+            near = difflib.get_close_matches(layer, heads, n=1)
+            raise CheckpointError(
+                f"no head count for attention layer `{layer}`", hint=f"nearest known: `{near[0]}`" if near else ""
+            )
+        if count < 1 or shape[0] % count:
+            raise CheckpointError(
+                f"`{key}` has {shape[0]} rows, which {count} heads do not divide",
+                hint="check num_attention_heads (or attention_head_dim) in config.json, or --num-heads",
+            )
+        splits.append(HeadSplit(layer, match["projection"], match["kind"], count, shape[0] // count))
+    if not splits:
+        raise CheckpointError(
+            "the weights hold no attention (no key ends in .to_q.weight)", hint="is this a UNet or a ControlNet?"
+        )
+    if lost := sorted(heads.keys() - {split.layer for split in splits}):
+        raise CheckpointError(f"head counts for layers that do not exist: {', '.join(lost[:5])}", hint="same model?")
+    return splits
+
+
+def attention_paths(keys: Iterable[str]) -> list[str]:
+    """Paths of the attention layers in a state dict."""
+    return [key.removesuffix(".to_q.weight") for key in keys if key.endswith(".to_q.weight")]
+
+
+def heads_from_config(config: Mapping[str, Any], layers: Iterable[str]) -> dict[str, int]:
+    """Head count of every layer of a diffusers UNet or ControlNet.
+
+    `attention_head_dim` is the number of heads there (a misnomer that diffusers keeps for old checkpoints), one for
+    the model or one per block; up blocks take the list backwards, the mid block its last.
+
+    Raises:
+        UsageError: The config names no heads.
+        CheckpointError: A layer is in none of the blocks.
+    """
+    counts = config.get("num_attention_heads") or config.get("attention_head_dim")
+    blocks = len(config.get("down_block_types", ()))
+    if counts is None or not blocks:
+        raise UsageError(
+            f"config.json of a {config.get('_class_name', 'model')} names no heads per block",
+            hint="give the number of heads with --num-heads, and take config.json out of the folder",
+        )
+    per_block = [counts] * blocks if isinstance(counts, int) else list(counts)
+    found = {}
+    for layer in layers:
+        part, _, rest = layer.partition(".")
+        index = rest.partition(".")[0]
+        if part == "mid_block":
+            found[layer] = per_block[-1]
+        elif part in ("down_blocks", "up_blocks") and index.isdigit() and int(index) < blocks:
+            found[layer] = (per_block if part == "down_blocks" else per_block[::-1])[int(index)]
+        else:
+            raise CheckpointError(
+                f"attention layer `{layer}` is in no block of the config", hint="config and weights must belong together"
+            )
+    return found

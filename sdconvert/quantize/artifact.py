@@ -1,0 +1,62 @@
+"""What the quantize stage leaves: per graph, weights, ranges and the simulation made of both."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from sdconvert.adapters import ModelAdapter, Tensors
+from sdconvert.io.encodings import read_encodings
+from sdconvert.io.tensors import load_tensors
+from sdconvert.quantize.files import from_sections
+from sdconvert.quantize.settings import QuantizerSettings
+from sdconvert.quantize.simulation import Simulation
+
+__all__ = ["QuantizeArtifact", "Simulation", "load_simulation"]
+
+
+@dataclass(frozen=True)
+class QuantizeArtifact:
+    """The stage's folder."""
+
+    folder: Path
+
+    def graph_folder(self, graph: str) -> Path:
+        """Holds `state_dict_mha.safetensors`, `parameters_mha.encodings`, `<graph>.encodings` and `config.json`."""
+        return self.folder / graph
+
+    def settings(self) -> QuantizerSettings:
+        """Bit-widths and symmetry that the ranges were taken with."""
+        return QuantizerSettings.model_validate_json((self.folder / "settings.json").read_text(encoding="utf-8"))
+
+    def layer_sqnr_db(self, graph: str) -> dict[str, float]:
+        """SQNR of every stored tensor against fp32, by key in execution order."""
+        figures: dict[str, float] = json.loads(
+            (self.graph_folder(graph) / "layer_sqnr_db.json").read_text(encoding="utf-8")
+        )
+        return figures
+
+    def pictures(self) -> dict[str, Tensor]:
+        """Every held-out crop by name as the quantized model draws it: (3, H, W) in [0, 1]."""
+        files = sorted((self.folder / "pictures").glob("*.safetensors"))
+        return {path.stem: load_tensors(path)["quantized"] for path in files}
+
+    def simulation(self, graph: str, adapter: ModelAdapter, example: Tensors) -> Simulation:
+        """Build the quantized MHA graph of a model with the stage's ranges."""
+        return load_simulation(self.graph_folder(graph) / f"{graph}.encodings", adapter, example, self.settings())
+
+
+def load_simulation(
+    encodings: Path, adapter: ModelAdapter, example: Tensors, settings: QuantizerSettings
+) -> Simulation:
+    """Trace a model and set its quantizers from a file.
+
+    Raises:
+        EncodingsError: The file does not fit the graph exactly.
+    """
+    simulation = Simulation(adapter, example, settings)
+    sections: dict[str, Any] = read_encodings(encodings)
+    simulation.load(from_sections(sections, simulation))
+    return simulation

@@ -1,0 +1,94 @@
+"""Every kind of thing on the road is recognized, and nothing else is."""
+
+from pathlib import Path
+
+import onnx
+import pytest
+import torch
+from onnx import TensorProto, helper
+
+from sdconvert.artifacts import Manifest, describe_outputs, write_json_atomic
+from sdconvert.cli.inspect import _recognize
+from sdconvert.errors import CheckpointError, UsageError
+from sdconvert.io.tensors import save_tensors
+
+WEIGHTS = {"conv.weight": torch.zeros(4, 3), "conv.bias": torch.zeros(4), "norm.weight": torch.zeros(2)}
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth", ".bin"])
+def test_weights(tmp_path: Path, suffix: str) -> None:
+    save_tensors(WEIGHTS, tmp_path / f"w{suffix}")
+    kind, describe = _recognize(tmp_path / f"w{suffix}")
+    data, table = describe(tmp_path / f"w{suffix}")
+    assert (kind, data["tensors"], data["parameters"]) == ("weights", 3, 18)
+    assert table.rows[0] == ("conv", 2, "16")
+
+
+def test_model_and_checkpoint(tmp_path: Path) -> None:
+    for name, stem, config in [
+        ("unet", "diffusion_pytorch_model", {"_class_name": "UNet2DConditionModel"}),
+        ("text_encoder", "model", {"architectures": ["CLIPTextModel"]}),
+    ]:
+        write_json_atomic(config, tmp_path / name / "config.json")
+        save_tensors(WEIGHTS, tmp_path / name / f"{stem}.safetensors")
+    write_json_atomic({"_class_name": "StableDiffusionPipeline"}, tmp_path / "model_index.json")
+    kind, describe = _recognize(tmp_path / "unet")
+    assert (kind, describe(tmp_path / "unet")[0]["class"]) == ("model", "UNet2DConditionModel")
+    kind, describe = _recognize(tmp_path)
+    data, _ = describe(tmp_path)
+    assert kind == "checkpoint"
+    assert {name: part["class"] for name, part in data["components"].items()} == {
+        "text_encoder": "CLIPTextModel",
+        "unet": "UNet2DConditionModel",
+    }
+
+
+def test_onnx(tmp_path: Path) -> None:
+    value = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, "n"]) for name in ("x", "y")]
+    graph = helper.make_graph([helper.make_node("Relu", ["x"], ["y"])], "g", value[:1], value[1:])
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)]), tmp_path / "m.onnx")
+    kind, describe = _recognize(tmp_path / "m.onnx")
+    data, _ = describe(tmp_path / "m.onnx")
+    assert kind == "onnx"
+    assert data == {
+        "opset": {"ai.onnx": 21},
+        "nodes": 1,
+        "operators": {"Relu": 1},
+        "inputs": {"x": [1, "n"]},
+        "outputs": {"y": [1, "n"]},
+    }
+
+
+def test_stage_and_run(tmp_path: Path) -> None:
+    stage = tmp_path / "30-quantize"
+    save_tensors(WEIGHTS, stage / "w.pth")
+    Manifest(
+        stage="30-quantize",
+        fingerprint="f",
+        inputs={},
+        outputs=describe_outputs(stage),
+        settings={},
+        versions={},
+        metrics={"sqnr_db": 40.0},
+        seconds=2,
+        peak_rss_bytes=1 << 30,
+    ).save(stage)
+    (tmp_path / "recipe.resolved.yaml").touch()
+    kind, describe = _recognize(stage)
+    data, table = describe(stage)
+    assert (kind, list(data["outputs"])) == ("stage", ["w.pth"])
+    assert ("metric", "sqnr_db", "40.0") in table.rows
+    kind, describe = _recognize(tmp_path)
+    data, table = describe(tmp_path)
+    assert kind == "run"
+    assert [row[0] for row in table.rows] == list(data["stages"]) == ["30-quantize"]
+
+
+def test_anything_else_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("no model")
+    for path in (tmp_path, tmp_path / "notes.txt"):
+        with pytest.raises(UsageError, match="none of the things"):
+            _recognize(path)
+    (tmp_path / "w.safetensors").write_bytes(b"cut")
+    with pytest.raises(CheckpointError):
+        _recognize(tmp_path / "w.safetensors")[1](tmp_path / "w.safetensors")
