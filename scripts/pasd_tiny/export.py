@@ -34,6 +34,8 @@ def export(seed: int, folder: Path, tokenizer: CLIPTokenizer) -> None:
     for name, model in models.items():
         with atomic_folder(folder / name) as temporary:
             model.half().save_pretrained(temporary)
+            for path in temporary.iterdir():
+                path.chmod(0o644)  # safetensors writes for the owner alone
     with atomic_folder(folder / "scheduler") as temporary:
         build_scheduler().save_pretrained(temporary)
     index = {

@@ -33,10 +33,16 @@ def trained_vae(seed: int, device: torch.device) -> Any:
     for stage in ("finetune", "decoder"):
         if checkpoint_path(stage).exists():
             weights = averaged_weights(stage)
-            for name, module in decoder_modules(vae).items():
-                module.load_state_dict(part(weights, name))
+            for name, module in (encoder_modules(vae) | decoder_modules(vae)).items():
+                if values := part(weights, name):
+                    module.load_state_dict(values)
             break
     return vae
+
+
+def encoder_modules(vae: Any) -> dict[str, nn.Module]:
+    """The half of the VAE that turns pictures into latents."""
+    return {"encoder": vae.encoder, "quant_conv": vae.quant_conv}
 
 
 def decoder_modules(vae: Any) -> dict[str, nn.Module]:

@@ -27,7 +27,8 @@ class AutoencoderKLAdapter(ModelAdapter):
     def graph_forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """See `ModelAdapter.graph_forward`."""
         (latent_sample,) = inputs
-        output: tuple[Tensor, ...] = self.model.decode(latent_sample, return_dict=False)
+        vae: Any = self.model
+        output: tuple[Tensor, ...] = vae.decode(latent_sample, return_dict=False)
         return output
 
     def output_names(self, count: int) -> tuple[str, ...]:

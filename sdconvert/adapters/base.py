@@ -4,6 +4,7 @@ An adapter stands between two forms of one model: the call that a pipeline makes
 static graph that a phone runs (named float tensors in, named float tensors out). `pack` and `unpack` translate.
 """
 
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -80,7 +81,7 @@ class ModelAdapter(ABC):
 
         Fused attention kernels hide the tensors that a phone stores: inside, matmul, softmax and matmul are visible.
         """
-        attentions = [module for module in self.model.modules() if isinstance(module, Attention)]
+        attentions: list[Any] = [module for module in self.model.modules() if isinstance(module, Attention)]
         processors = [attention.processor for attention in attentions]
         with self.surgery():
             for attention in attentions:
@@ -97,6 +98,12 @@ class ModelAdapter(ABC):
         with self.as_graph() as graph:
             outputs = graph(*inputs.values())
         return dict(zip(self.output_names(len(outputs)), outputs, strict=True))
+
+    def config(self) -> dict[str, Any]:
+        """The model's configuration, as its `config.json` has it."""
+        model: Any = self.model
+        config: dict[str, Any] = json.loads(model.to_json_string())
+        return config
 
     def attention_layers(self) -> list[AttentionLayer]:
         """All attention layers in the order of the modules."""

@@ -50,8 +50,8 @@ class ControlNetModelAdapter(ModelAdapter):
 
     def unpack(self, outputs: Tensors) -> tuple[None, list[Tensor], Tensor]:
         """See `ModelAdapter.unpack`."""
-        *down, mid = outputs.values()
-        return None, down, mid
+        down = [outputs[f"down_block_res_sample_{k}"] for k in range(len(outputs) - 1)]
+        return None, down, outputs["mid_block_res_sample"]
 
     def graph_forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """See `ModelAdapter.graph_forward`."""

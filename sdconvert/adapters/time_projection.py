@@ -24,7 +24,7 @@ class TimeProjectionInput(PatchPluginBlock):
     container_cls: ClassVar[type[PatchPluginContainer]] = _FedContainer
 
     def __init__(self, model: nn.Module) -> None:
-        super().__init__("t_emb_input", model.time_proj, host_model=model)
+        super().__init__("t_emb_input", model.get_submodule("time_proj"), host_model=model)
         self.register_input_feeder_to(model)
 
 

@@ -2,7 +2,9 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from sdconvert.pipelines.loading import load_scheduler
 from sdconvert.pipelines.pasd import PASDPipeline
 
 
@@ -16,6 +18,10 @@ class CheckpointArtifact:
     def model_folder(self) -> Path:
         """The diffusers folder."""
         return self.folder / "model"
+
+    def scheduler(self) -> Any:
+        """The sampler alone, as diffusers reads it."""
+        return load_scheduler(self.model_folder)
 
     def pipeline(self) -> PASDPipeline:
         """Load it anew, in fp32."""

@@ -2,29 +2,32 @@
 
 import contextlib
 import io
+import tempfile
 import warnings
 from pathlib import Path
 
 import aimet_torch.onnx
+import onnx
+from onnx import ModelProto
 
 from sdconvert.adapters import Tensors
 from sdconvert.quantize.artifact import Simulation
 
 
-def export_quantized(simulation: Simulation, example: Tensors, path: Path, *, opset: int) -> None:
-    """Write a simulation as ONNX: every activation quantizer a Q/DQ pair, weights as integers with a DQ, biases int32.
+def to_onnx(simulation: Simulation, example: Tensors, *, opset: int) -> ModelProto:
+    """Make ONNX of a simulation: every activation quantizer a Q/DQ pair, weights as integers with a DQ, biases int32.
 
     Second operands of MatMul are left without their own pair; see `export/operands.py`.
 
     Args:
         simulation: With ranges.
-        example: One set of graph inputs; their shapes are the file's.
-        path: Of the ONNX file.
+        example: One set of graph inputs; their shapes are the model's.
         opset: At least 21, which has 16-bit Q/DQ.
     """
     inputs = tuple(example[name] for name in simulation.input_names)
     # The exporter reports its progress on stdout, which belongs to our data.
     with (
+        tempfile.TemporaryDirectory() as folder,
         simulation.without_operand_quantizers(),
         warnings.catch_warnings(action="ignore"),
         contextlib.redirect_stdout(io.StringIO()),
@@ -32,7 +35,7 @@ def export_quantized(simulation: Simulation, example: Tensors, path: Path, *, op
         aimet_torch.onnx.export(
             simulation.graph_module,
             inputs,
-            str(path),
+            path := str(Path(folder) / "graph.onnx"),
             dynamo=True,
             opset_version=opset,
             prequantize_constants=True,
@@ -40,3 +43,9 @@ def export_quantized(simulation: Simulation, example: Tensors, path: Path, *, op
             output_names=list(simulation.output_names),
             verbose=False,
         )
+        # It also leaves one file per large constant beside the model, and the exporting machine's paths in every node.
+        model = onnx.load(path)
+    for annotated in (model, *model.graph.node, *model.graph.value_info, *model.graph.input, *model.graph.output):
+        del annotated.metadata_props[:]
+    del model.graph.metadata_props[:]
+    return model

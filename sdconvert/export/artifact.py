@@ -7,7 +7,9 @@ from pathlib import Path
 
 from sdconvert.adapters import Tensors
 from sdconvert.export.runner import OnnxRunner
-from sdconvert.io.tensors import load_tensors, save_tensors
+from sdconvert.io.tensors import flatten, load_tensors, save_tensors, unflatten
+
+_PARTS = ("inputs", "fp32", "simulation")
 
 
 @dataclass(frozen=True)
@@ -27,20 +29,20 @@ class ExportArtifact:
 
     def answers(self, graph: str) -> list[tuple[Tensors, Tensors, Tensors]]:
         """Held-out inputs of a graph, with fp32's and the simulation's outputs."""
-        flat = load_tensors(self.folder / f"{graph}.answers.safetensors")
-        count = 1 + max(int(key.partition("/")[0]) for key in flat)
-        parts = ("inputs", "fp32", "simulation")
-        return [tuple(_below(flat, f"{index}/{part}/") for part in parts) for index in range(count)]  # type: ignore[misc]
+        flat = unflatten(load_tensors(self.folder / f"{graph}.answers.safetensors"))
+        return [(_below(one, "inputs/"), _below(one, "fp32/"), _below(one, "simulation/")) for one in flat]
 
     def write_answers(self, graph: str, answers: Sequence[tuple[Tensors, Tensors, Tensors]]) -> None:
         """Keep what `answers` returns."""
-        flat = {
-            f"{index}/{part}/{name}": tensor
-            for index, answer in enumerate(answers)
-            for part, tensors in zip(("inputs", "fp32", "simulation"), answer, strict=True)
-            for name, tensor in tensors.items()
-        }
-        save_tensors(flat, self.folder / f"{graph}.answers.safetensors")
+        named = [
+            {
+                f"{part}/{name}": tensor
+                for part, tensors in zip(_PARTS, answer, strict=True)
+                for name, tensor in tensors.items()
+            }
+            for answer in answers
+        ]
+        save_tensors(flatten(named), self.folder / f"{graph}.answers.safetensors")
 
     def runner(self, graph: str) -> OnnxRunner:
         """The graph in ONNX Runtime."""

@@ -6,41 +6,35 @@ beside unsigned ones, so this pair is put in here.
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
-import onnx
 from onnx import ModelProto, NodeProto, helper, numpy_helper
 
 from sdconvert.errors import SdconvertError
 from sdconvert.io.encodings import Encoding
 
-_INLINE_BYTES = 1 << 30
 
-
-def insert_operand_pairs(path: Path, encodings: Sequence[Encoding]) -> None:
-    """Rewrite an ONNX file with a Q/DQ pair before the second input of each dynamic MatMul.
+def insert_operand_pairs(model: ModelProto, encodings: Sequence[Encoding]) -> None:
+    """Put a Q/DQ pair before the second input of each dynamic MatMul of a model, in place.
 
     Args:
-        path: The file.
+        model: As AIMET's exporter writes it.
         encodings: Of the second operands, in execution order.
 
     Raises:
-        SdconvertError: The file has another number of dynamic MatMuls.
+        SdconvertError: The model has another number of dynamic MatMuls.
     """
-    model = onnx.load(str(path))
     constants = _constants(model)
     dynamic = [node for node in model.graph.node if node.op_type == "MatMul" and node.input[1] not in constants]
     if len(dynamic) != len(encodings):
         raise SdconvertError(
-            f"`{path.name}` has {len(dynamic)} MatMuls of two computed tensors, the graph it came from {len(encodings)}",
+            f"the ONNX graph has {len(dynamic)} MatMuls of two computed tensors, its source {len(encodings)}",
             hint="the exporter rewrote attention; please report this with the versions that `sdconvert doctor` prints",
         )
     pairs = {node.name: _pair(model, node, encoding) for node, encoding in zip(dynamic, encodings, strict=True)}
     nodes = [new for node in model.graph.node for new in (*pairs.get(node.name, ()), node)]
     del model.graph.node[:]
     model.graph.node.extend(nodes)
-    onnx.save(model, str(path), save_as_external_data=model.ByteSize() > _INLINE_BYTES)
 
 
 def _constants(model: ModelProto) -> set[str]:

@@ -4,7 +4,7 @@ Whatever is wrong with a file ends in a `CheckpointError` that names it; whateve
 """
 
 import pickle
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -170,3 +170,17 @@ def _independent(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
             own[name] = own[name].clone()
         seen.add(key)
     return own
+
+
+def flatten(samples: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Put a list of named tensors under keys `<index>/<name>`, to be saved as one file."""
+    return {f"{index}/{name}": tensor for index, sample in enumerate(samples) for name, tensor in sample.items()}
+
+
+def unflatten(tensors: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
+    """Undo `flatten`, but for the order of names, which files do not keep."""
+    samples: dict[int, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        index, _, name = key.partition("/")
+        samples.setdefault(int(index), {})[name] = tensor
+    return [samples[index] for index in sorted(samples)]

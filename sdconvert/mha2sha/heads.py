@@ -1,7 +1,7 @@
 """The one rename map: which rows of which parameter become which head's.
 
-    to_q.weight (heads * d, C)  ->  to_q_convs.0.weight (d, C, 1, 1)   rows 0 … d
-                                    to_q_convs.1.weight (d, C, 1, 1)   rows d … 2d  …
+to_q.weight (heads * d, C)  ->  to_q_convs.0.weight (d, C, 1, 1)   rows 0 … d
+to_q_convs.1.weight (d, C, 1, 1)   rows d … 2d  …
 """
 
 import difflib
@@ -115,6 +115,7 @@ def heads_from_config(config: Mapping[str, Any], layers: Iterable[str]) -> dict[
             found[layer] = (per_block if part == "down_blocks" else per_block[::-1])[int(index)]
         else:
             raise CheckpointError(
-                f"attention layer `{layer}` is in no block of the config", hint="config and weights must belong together"
+                f"attention layer `{layer}` is in no block of the config",
+                hint="config and weights must belong together",
             )
     return found

@@ -3,19 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from sdconvert.adapters import ModelAdapter
-from sdconvert.calibration.artifact import CalibrationArtifact
-from sdconvert.checkpoint.artifact import CheckpointArtifact
 from sdconvert.config import Recipe
-from sdconvert.errors import QualityGateError
-from sdconvert.mha2sha.artifact import GRAPHS, Mha2ShaArtifact
-from sdconvert.mha2sha.command import convert_folder
-from sdconvert.metrics import max_abs, worst_sqnr_db
-from sdconvert.pipelines.backend import graph_adapters
-from sdconvert.quantize.artifact import QuantizeArtifact
 from sdconvert.stages import StageContext
-
-_LARGEST_FP32_ERROR = 1e-5
 
 
 class Mha2ShaStage:
@@ -37,37 +26,6 @@ class Mha2ShaStage:
 
     def run(self, context: StageContext) -> dict[str, Any]:
         """See `Stage.run`."""
-        quantized = QuantizeArtifact(context.run.stage_folder("30-quantize"))
-        data = CalibrationArtifact(context.run.stage_folder("20-calibration"))
-        pipe = CheckpointArtifact(context.run.stage_folder("10-checkpoint")).pipeline()
-        adapters = graph_adapters(pipe, context.recipe.pipeline.conditioning_scale)
-        metrics: dict[str, Any] = {}
-        for done, graph in enumerate(GRAPHS):
-            context.report.step(done, len(GRAPHS), graph)
-            summary = convert_folder(quantized.graph_folder(graph), context.out / graph)
-            metrics[f"{graph}_heads"] = summary.heads
-            metrics |= _verify(adapters[graph], data, quantized, Mha2ShaArtifact(context.out))
-        return metrics
+        from sdconvert.mha2sha.run import run
 
-
-def _verify(
-    adapter: ModelAdapter, data: CalibrationArtifact, quantized: QuantizeArtifact, converted: Mha2ShaArtifact
-) -> dict[str, float]:
-    """Compare the two forms in fp32 and quantized, on the first and last calibration input and a held-out one."""
-    graph = adapter.graph_name
-    samples = list(data.calibration(graph))
-    inputs = [samples[0], samples[-1], next(iter(data.evaluation(graph)))]
-    mha = quantized.simulation(graph, adapter, inputs[0])
-    references = [(adapter.run(one), mha(one)) for one in inputs]
-    sha = converted.simulation(graph, adapter, inputs[0], quantized.settings())
-    errors, agreement = [], []
-    for one, (fp32, simulated) in zip(inputs, references, strict=True):
-        rewritten = adapter.run(one)
-        errors += [max_abs(fp32[name], rewritten[name]) / float(fp32[name].abs().max()) for name in fp32]
-        agreement.append(worst_sqnr_db(simulated, sha(one)))
-    if max(errors) > _LARGEST_FP32_ERROR:
-        raise QualityGateError(
-            f"{graph}: SHA differs from MHA by {max(errors):.1e} relative in fp32 (allowed {_LARGEST_FP32_ERROR:.0e})",
-            hint="the rewrite is wrong for this model; please report it with its config.json",
-        )
-    return {f"{graph}_fp32_relative_error": max(errors), f"{graph}_quantized_sha_vs_mha_db": min(agreement)}
+        return run(context)

@@ -1,6 +1,6 @@
 """Swap a model of a pipeline by a static graph: simulated, in ONNX Runtime, or in the HTP simulator."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from sdconvert.adapters import ModelAdapter, Tensors, adapter_for
@@ -37,7 +37,7 @@ def graph_adapters(pipe: PASDPipeline, conditioning_scale: float) -> dict[str, M
     }
 
 
-def swap_backends(pipe: PASDPipeline, adapters: dict[str, ModelAdapter], runners: dict[str, GraphRunner]) -> None:
+def swap_backends(pipe: PASDPipeline, adapters: dict[str, ModelAdapter], runners: Mapping[str, GraphRunner]) -> None:
     """Have `runners` answer in place of the pipeline's models of the same names."""
     for name, runner in runners.items():
         setattr(pipe, name, GraphBackend(adapters[name], runner))

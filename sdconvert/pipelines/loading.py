@@ -34,8 +34,17 @@ def load_auxiliaries(folder: Path) -> dict[str, Any]:
             CLIPTextModel, weights_file(folder / "text_encoder", "model"), dtype=torch.float32
         ),
         "tokenizer": _load(CLIPTokenizer, folder / "tokenizer"),
-        "scheduler": _load(_scheduler_class(folder / "scheduler"), folder / "scheduler"),
+        "scheduler": load_scheduler(folder),
     }
+
+
+def load_scheduler(folder: Path) -> Any:
+    """The sampler of a diffusers folder, of the class that its config names.
+
+    Raises:
+        CheckpointError: The config is missing, damaged, or names no scheduler of diffusers.
+    """
+    return _load(_scheduler_class(folder / "scheduler"), folder / "scheduler")
 
 
 def _load_strictly(model_class: Any, weights: Path, **options: Any) -> Any:

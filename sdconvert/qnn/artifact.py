@@ -10,8 +10,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from sdconvert.artifacts import write_json_atomic
 from sdconvert.errors import PreconditionError
+from sdconvert.io.tensors import load_tensors, unflatten
 from sdconvert.qnn.context import Context, TensorSpec
 from sdconvert.qnn.info import ContextInfo, check_context_info, parse_context_info
 from sdconvert.soc import Soc, find_soc
@@ -28,6 +31,11 @@ __all__ = [
 ]
 
 _FILE = "qnn.json"
+
+
+def simulated_path(graph: str, soc: str) -> str:
+    """File with the simulator's answers, below the stage's folder."""
+    return f"{soc}/{graph}.simulated.safetensors"
 
 
 class QnnArtifact:
@@ -62,6 +70,15 @@ class QnnArtifact:
         """What the stage measured, as it wrote it."""
         figures: dict[str, Any] = self._content["figures"]
         return figures
+
+    def simulated(self, graph: str, soc: str) -> list[dict[str, Tensor]]:
+        """What a context answered in the simulator to the held-out inputs of the export stage, in their order."""
+        return unflatten(load_tensors(self.folder / simulated_path(graph, soc)))
+
+    def pictures(self) -> dict[str, Tensor]:
+        """One tile of every held-out photograph as the simulator draws it, by the calibration stage's names."""
+        files = sorted((self.folder / "pictures").glob("*.safetensors"))
+        return {path.stem: load_tensors(path)["simulator"] for path in files}
 
     @cached_property
     def contexts(self) -> dict[tuple[str, str], Context]:

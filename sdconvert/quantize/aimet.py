@@ -34,7 +34,8 @@ def insert_quantizers(graph_module: GraphModule, settings: QuantizerSettings) ->
     Biases stay floating-point: they become int32 with the product of input and weight scale on export.
     """
     quantizers = QuantizerSet()
-    stored, weights, seconds = (f(graph_module) for f in (graph.values, graph.parameters, graph.operands))
+    stored = graph.values(graph_module)
+    weights, seconds = graph.parameters(graph_module), graph.operands(graph_module)
     for value in stored:
         quantizers.activations[value.key] = _insert(graph_module, value.node, settings.activations)
         if value.op in settings.ranges:
@@ -82,7 +83,9 @@ def write(quantizers: dict[str, QuantizeDequantize], encodings: dict[str, list[E
     """
     missing, unexpected = sorted(quantizers.keys() - encodings.keys()), sorted(encodings.keys() - quantizers.keys())
     if missing or unexpected:
-        parts = [f"{len(k)} {w}: {', '.join(k[:10])}" for w, k in (("missing", missing), ("unexpected", unexpected)) if k]
+        parts = [
+            f"{len(k)} {w}: {', '.join(k[:10])}" for w, k in (("missing", missing), ("unexpected", unexpected)) if k
+        ]
         raise EncodingsError(f"the {what} encodings do not fit the graph: {'; '.join(parts)}", hint="same model?")
     for key, quantizer in quantizers.items():
         entries = encodings[key]

@@ -178,7 +178,7 @@ def _drop_ineffective(graph_module: GraphModule) -> None:
 
 
 def _scales_by_one(node: Node) -> bool:
-    return node.target in (aten.mul.Tensor, aten.div.Tensor) and not isinstance(node.args[1], Node) and node.args[1] == 1
+    return node.target in (aten.mul.Tensor, aten.div.Tensor) and node.args[1] in (1, 1.0)
 
 
 def _rename_inputs(graph_module: GraphModule, names: list[str]) -> None:

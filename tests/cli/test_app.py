@@ -57,6 +57,21 @@ main({arguments})
     assert finished.stderr == "[]\n"
 
 
+def test_the_road_is_known_without_torch() -> None:
+    # A run that reuses every stage takes seconds only because of this: what computes is imported inside `run`.
+    code = """
+import sys
+from sdconvert.cli.road import load_road
+from sdconvert.config import Recipe
+for stage in load_road():
+    stage.settings(Recipe())
+    stage.inputs(Recipe())
+    print([name for name in ("torch", "numpy", "diffusers", "onnx") if name in sys.modules], stage.name)
+"""
+    finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert finished.stdout.splitlines() == [f"[] {name}" for name in ROAD]
+
+
 def test_no_arguments_is_help() -> None:
     assert call().stdout == call("--help").stdout != ""
 

@@ -6,7 +6,9 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from sdconvert.config import Recipe
 from sdconvert.errors import UsageError
+from sdconvert.soc import find_soc
 
 
 class Grid(BaseModel):
@@ -66,4 +68,22 @@ def load_settings(architectures: set[int]) -> QuantizerSettings:
     raise UsageError(
         f"no quantizer settings cover {asked} together ({groups})",
         hint="convert for SoCs of one group per run: they need different precisions in attention",
+    )
+
+
+def quantizer_settings(recipe: Recipe) -> QuantizerSettings:
+    """The settings of the recipe's SoCs with the recipe's bit-widths.
+
+    Raises:
+        UsageError: An unknown SoC, SoCs of different groups, or AdaRound, which this version does not do.
+    """
+    if recipe.quantize.adaround:
+        raise UsageError(
+            "quantize.adaround: true is not available yet: weights are rounded to nearest",
+            hint="set quantize.adaround to false",
+        )
+    settings = load_settings({find_soc(name).arch for name in recipe.qnn.socs})
+    quantize = recipe.quantize
+    return settings.with_bitwidths(
+        weight=quantize.weight_bitwidth, activation=quantize.activation_bitwidth, per_channel=quantize.per_channel
     )

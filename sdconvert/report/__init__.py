@@ -1,0 +1,1 @@
+"""What a run came to: one page for people, and the same figures for programs."""

@@ -1,0 +1,192 @@
+"""Every figure of a run in one dictionary, read off what the stages left; nothing is computed by a model here."""
+
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from sdconvert.android.artifact import AndroidArtifact
+from sdconvert.artifacts import Manifest, RunFolder, read_json
+from sdconvert.config import GatesSection, Recipe
+from sdconvert.errors import PreconditionError
+from sdconvert.export.artifact import ExportArtifact
+from sdconvert.qnn.artifact import QnnArtifact
+from sdconvert.quantize.artifact import QuantizeArtifact
+from sdconvert.report.pictures import measure_pictures
+
+
+def collect_figures(
+    run: RunFolder,
+    recipe: Recipe,
+    stages: Sequence[str],
+    pictures: Mapping[str, Mapping[str, Tensor]],
+    licences: Path,
+) -> dict[str, Any]:
+    """Return what the report says, as JSON values.
+
+    Args:
+        run: Holds the finished stages.
+        recipe: Gives the name and the gates.
+        stages: Names of the stages to tell of, in their order.
+        pictures: Of every held-out crop, as `collect_pictures` gives them.
+        licences: Markdown table of the photographs that ship with sdconvert.
+
+    Raises:
+        PreconditionError: A stage has not finished.
+    """
+    manifests = {stage: _manifest(run, stage) for stage in stages}
+    qnn = QnnArtifact(run.stage_folder("60-qnn"))
+    graphs = ExportArtifact(run.stage_folder("50-export")).graphs()
+    quantized = QuantizeArtifact(run.stage_folder("30-quantize"))
+    accuracy = {graph: _accuracy(graph, manifests, qnn) for graph in graphs}
+    measured = {name: measure_pictures(every) for name, every in pictures.items()}
+    gates = _gates(recipe.gates, accuracy, measured)
+    missed = [text for manifest in manifests.values() for text in manifest.metrics.get("missed_gates", [])]
+    return {
+        "schema_version": 1,
+        "recipe": recipe.name,
+        "date": time.strftime("%Y-%m-%d %H:%M %Z"),
+        "model": _model(manifests),
+        "socs": list(dict.fromkeys(soc for _, soc in qnn.contexts)),
+        "verdict": {"passed": not missed and all(gate["passed"] for gate in gates), "missed": missed},
+        "gates": gates,
+        "pictures": measured,
+        "accuracy": accuracy,
+        "layers": {graph: read_json(quantized.graph_folder(graph) / "layer_sqnr_db.json") for graph in graphs},
+        "contexts": _contexts(qnn),
+        "sizes": {graph: _sizes(graph, manifests) for graph in graphs},
+        "bundle": _bundle(AndroidArtifact(run.stage_folder("70-android"))),
+        "nodes": read_json(run.stage_folder("50-export") / "nodes.json"),
+        "stages": {stage: _effort(manifest) for stage, manifest in manifests.items()},
+        "photographs": _photographs(manifests["20-calibration"].settings["calibration"], licences),
+        "versions": _versions(manifests.values()),
+        "metrics": {stage: manifest.metrics for stage, manifest in manifests.items()},
+    }
+
+
+def worst_layers(layers: Mapping[str, float], count: int) -> list[tuple[int, str, float]]:
+    """Return place in execution order (from 1), name and SQNR in dB of the tensors that lose most, worst first."""
+    ordered = sorted(enumerate(layers.items(), 1), key=lambda item: item[1][1])
+    return [(place, name, value) for place, (name, value) in ordered[:count]]
+
+
+def _manifest(run: RunFolder, stage: str) -> Manifest:
+    manifest = run.manifest(stage)
+    if manifest is None:
+        raise PreconditionError(f"`{run.stage_folder(stage)}` is not finished", hint="run the stages before the report")
+    return manifest
+
+
+def _model(manifests: Mapping[str, Manifest]) -> dict[str, Any]:
+    quantize = manifests["30-quantize"].settings["quantize"]
+    pipeline = manifests["20-calibration"].settings["pipeline"]
+    return {
+        "checkpoint": manifests["10-checkpoint"].settings["checkpoint"]["path"],
+        "weight_bitwidth": quantize["weight_bitwidth"],
+        "activation_bitwidth": quantize["activation_bitwidth"],
+        "sampling": {key: pipeline[key] for key in ("num_inference_steps", "guidance_scale", "seed", "latent_tile")},
+    }
+
+
+def _accuracy(graph: str, manifests: Mapping[str, Manifest], qnn: QnnArtifact) -> dict[str, Any]:
+    """All in dB, the worst output of the worst held-out input each; a graph without attention has no SHA form."""
+    simulated, exported = manifests["30-quantize"].metrics, manifests["50-export"].metrics
+    return {
+        "simulation_vs_fp32_db": simulated[f"{graph}_simulation_vs_fp32_db"],
+        "sha_vs_mha_db": manifests["40-mha2sha"].metrics.get(f"{graph}_quantized_sha_vs_mha_db"),
+        "onnx_vs_simulation_db": exported[f"{graph}_onnx_vs_simulation_db"],
+        "onnx_vs_fp32_db": exported[f"{graph}_onnx_vs_fp32_db"],
+        "simulator": qnn.figures["graphs"][graph],
+    }
+
+
+def _gates(
+    gates: GatesSection, accuracy: Mapping[str, Any], pictures: Mapping[str, Mapping[str, Any]]
+) -> list[dict[str, Any]]:
+    """One entry per gate: its figure is the lowest of all that must reach it."""
+    values: dict[str, dict[str, float]] = {}
+    for figure in ("simulator_vs_fp32_db", "simulator_vs_quantized_db"):
+        values[figure] = {
+            f"{graph} on {soc}": scores[figure]
+            for graph, row in accuracy.items()
+            for soc, scores in row["simulator"].items()
+        }
+    values["image_psnr_db"] = {name: row["quantized"]["psnr_vs_fp32_db"] for name, row in pictures.items()}
+    return [
+        {
+            "gate": gate,
+            "wanted_db": (wanted := getattr(gates, gate)),
+            "checks": len(found),
+            # NaN is below everything here, and misses.
+            "lowest": (lowest := min(found, key=lambda where: (found[where] >= wanted, found[where]))),
+            "lowest_db": found[lowest],
+            "passed": found[lowest] >= wanted,
+        }
+        for gate, found in values.items()
+    ]
+
+
+def _contexts(qnn: QnnArtifact) -> list[dict[str, Any]]:
+    return [
+        {
+            "graph": graph,
+            "soc": soc,
+            **vars(context.info),
+            "cpu_nodes": context.cpu_nodes,
+            "compile_seconds": context.seconds,
+            "compile_peak_rss_bytes": context.peak_rss_bytes,
+            "bytes": context.bin.stat().st_size,
+        }
+        for (graph, soc), context in qnn.contexts.items()
+    ]
+
+
+def _sizes(graph: str, manifests: Mapping[str, Manifest]) -> dict[str, int]:
+    exported = manifests["50-export"].outputs
+    weights = manifests["30-quantize"].outputs[f"{graph}/state_dict_mha.safetensors"]
+    onnx = (exported[name].bytes for name in (f"{graph}.onnx", f"{graph}.onnx.data") if name in exported)
+    return {"weights_fp32_bytes": weights.bytes, "onnx_bytes": sum(onnx)}
+
+
+def _bundle(artifact: AndroidArtifact) -> dict[str, Any]:
+    manifest = artifact.manifest
+    return {
+        "qairt": manifest.qairt,
+        "files": len(manifest.files),
+        "samples": len(manifest.samples),
+        "bytes": sum(file.bytes for file in manifest.files.values()),
+        "tar_bytes": artifact.tar.stat().st_size,
+    }
+
+
+def _effort(manifest: Manifest) -> dict[str, Any]:
+    return {
+        "seconds": manifest.seconds,
+        "peak_rss_bytes": manifest.peak_rss_bytes,
+        "files": len(manifest.outputs),
+        "bytes": sum(output.bytes for output in manifest.outputs.values()),
+    }
+
+
+def _photographs(calibration: Mapping[str, Any], licences: Path) -> list[dict[str, str]]:
+    rows = [line.strip("|").split("|") for line in licences.read_text(encoding="utf-8").splitlines() if line[:1] == "|"]
+    shipped = {file.strip().partition(".")[0]: (source.strip(), author.strip()) for file, source, author in rows}
+    found = []
+    for use in ("held_out", "photographs"):
+        for name in calibration[use]:
+            source, author = shipped.get(name, ("a file of the user", ""))
+            what = "judged on" if use == "held_out" else "calibrated on"
+            found.append({"name": name, "use": what, "source": source, "author": author})
+    return found
+
+
+def _versions(manifests: Iterable[Manifest]) -> dict[str, str]:
+    """Distributions by name; where stages ran with different versions, all of them."""
+    found: dict[str, dict[str, None]] = {}
+    for manifest in manifests:
+        for package, version in manifest.versions.items():
+            if not package.endswith("of the stage"):
+                found.setdefault(package, {})[version] = None
+    return {package: ", ".join(found[package]) for package in sorted(found)}

@@ -1,0 +1,63 @@
+"""The page: the template filled in; every number in it also carries its exact value, as in `report.json`."""
+
+import math
+from base64 import b64encode
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2.filters import do_filesizeformat
+from markupsafe import Markup
+
+from sdconvert.artifacts import to_json
+from sdconvert.report.figures import worst_layers
+from sdconvert.report.pictures import LABELS
+from sdconvert.report.plot import plot_layers
+
+_WORST = 10
+_FORMATS = {"dB": "{:.1f} dB", "s": "{:,.1f} s", "ssim": "{:.3f}", "count": "{:,}", "": "{:.6g}"}
+
+
+def render_html(figures: Mapping[str, Any], pictures: Mapping[str, Mapping[str, Path]]) -> str:
+    """Return the page as one self-contained HTML document.
+
+    Args:
+        figures: What `collect_figures` gives.
+        pictures: PNG files by crop and kind; they are copied into the page.
+    """
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"as": show_number, "png": _data_url}
+    worst = {graph: worst_layers(layers, _WORST) for graph, layers in figures["layers"].items()}
+    plots = {
+        graph: Markup(plot_layers(graph, layers, {name for _, name, _ in worst[graph]}))
+        for graph, layers in figures["layers"].items()
+    }
+    template = environment.get_template("report.html.j2")
+    return template.render(figures, images=pictures, labels=LABELS, worst=worst, plots=plots)
+
+
+def show_number(value: float | None, unit: str = "") -> Markup:
+    """Return a number for a reader, its exact value beside it; a dash where there is none.
+
+    Args:
+        value: Infinite for the SQNR of equal tensors.
+        unit: `dB`, `s`, `bytes`, `ssim` (no unit, three digits), `count`, or nothing.
+    """
+    if value is None:
+        return Markup("–")
+    if not math.isfinite(value):
+        text = {"inf": "∞", "-inf": "-∞"}.get(str(value), "NaN")
+    else:
+        text = do_filesizeformat(value, binary=True) if unit == "bytes" else _FORMATS[unit].format(value)
+    return Markup('<data value="{}">{}</data>').format(to_json(value).strip('"'), text)
+
+
+def _data_url(path: Path) -> str:
+    return f"data:image/png;base64,{b64encode(path.read_bytes()).decode()}"

@@ -1,0 +1,87 @@
+"""The plot of a graph's layers as SVG for a page: coloured by the page's own variables, and referring to nothing."""
+
+import io
+import math
+import re
+from collections.abc import Iterator, Mapping
+from itertools import groupby
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+# Matplotlib knows no CSS variables: it draws in these colours, which then become the variables.
+_COLOURS = {"muted": "#010101", "band": "#020202", "dot": "#030303", "bad": "#040404"}
+_BLOCK = re.compile(r"(\w+?)_blocks?(?:\.(\d+))?")
+_NARROW = 0.04  # of the width; a block below that has no room for its name
+
+
+def plot_layers(graph: str, layers: Mapping[str, float], worst: set[str]) -> str:
+    """Plot SQNR in dB over the execution order; blocks are shaded, the `worst` layers stand out.
+
+    Args:
+        graph: Keeps apart what the plots of one page name.
+        layers: SQNR by tensor; an infinite one has no place on the axis and is left out.
+        worst: Names of the tensors to mark.
+
+    Returns:
+        An `<svg>` element in the colours `var(--muted)`, `var(--band)`, `var(--dot)` and `var(--bad)`.
+    """
+    figure = Figure(figsize=(12, 3.2), layout="constrained")
+    figure.patch.set_visible(False)
+    axes = figure.subplots()
+    axes.patch.set_visible(False)
+    _shade_blocks(axes, list(layers))
+    for marked, size in ((False, 9), (True, 22)):
+        found = [
+            (place, value)
+            for place, (name, value) in enumerate(layers.items(), 1)
+            if math.isfinite(value) and (name in worst) == marked
+        ]
+        places, levels = [place for place, _ in found], [value for _, value in found]
+        axes.scatter(places, levels, s=size, linewidths=0, color=_COLOURS["bad" if marked else "dot"])
+    axes.set_xlim(0.5, len(layers) + 0.5)
+    axes.set_xlabel("stored tensors in execution order", color=_COLOURS["muted"])
+    axes.set_ylabel("SQNR against fp32 (dB)", color=_COLOURS["muted"])
+    axes.tick_params(colors=_COLOURS["muted"])
+    axes.grid(axis="y", color=_COLOURS["muted"], alpha=0.25, linewidth=0.6)
+    axes.spines[:].set_visible(False)
+    return _to_svg(figure, graph)
+
+
+def _shade_blocks(axes: Axes, names: list[str]) -> None:
+    for index, (block, first, last) in enumerate(_blocks(names)):
+        if index % 2:
+            axes.axvspan(first - 0.5, last + 0.5, color=_COLOURS["band"], linewidth=0)
+        if last - first + 1 >= _NARROW * len(names):
+            axes.text(
+                (first + last) / 2,
+                1.01,
+                block,
+                transform=axes.get_xaxis_transform(),
+                color=_COLOURS["muted"],
+                fontsize=8,
+                ha="center",
+            )
+
+
+def _blocks(names: list[str]) -> Iterator[tuple[str, int, int]]:
+    """Yield each run of tensors in one block, `down_blocks.1` as `down 1`, with the places of its first and last."""
+    matches = [(place, match) for place, name in enumerate(names, 1) if (match := _BLOCK.search(name))]
+    for (block, index), run in groupby(matches, key=lambda item: item[1].groups(default="")):
+        places = [place for place, _ in run]
+        yield f"{block} {index}".rstrip(), places[0], places[-1]
+
+
+def _to_svg(figure: Figure, graph: str) -> str:
+    """Write the figure; without prolog, name spaces, metadata and unused names, none of which a page needs."""
+    stream = io.StringIO()
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": graph}):
+        figure.savefig(stream, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
+    svg = stream.getvalue()
+    svg = re.sub(r' xmlns(:\w+)?="[^"]*"', "", svg[svg.index("<svg") :])
+    used = set(re.findall(r"#([\w-]+)", svg))
+    svg = re.sub(r' id="([^"]+)"', lambda match: match[0] if match[1] in used else "", svg)
+    for variable, colour in _COLOURS.items():
+        svg = svg.replace(colour, f"var(--{variable})")
+    return svg
