@@ -17,7 +17,7 @@ _SAVE_EVERY_SECONDS = 60.0
 
 
 class Trainer:
-    """Runs one stage: Muon, and AdamW for vectors, with cosine decay over a time budget, averaged weights, atomic checkpoints.
+    """Runs one stage: Muon, AdamW for vectors, cosine decay over a time budget, averaged weights, atomic checkpoints.
 
     Time, not steps, is the budget: the same command gives the best model that the machine can reach in it. A stopped
     run goes on where its last checkpoint was. Started by `torchrun`, several processes train on different crops and

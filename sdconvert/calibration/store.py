@@ -88,12 +88,12 @@ class ActivationStore:
 
     def __iter__(self) -> Iterator[Tensors]:
         """The inputs of every sample, with one shard in memory at a time."""
-        for _, inputs in self.items():
+        for _, inputs in self.samples():
             yield inputs
 
-    def items(self) -> Iterator[tuple[SampleInfo, Tensors]]:
+    def samples(self) -> Iterator[tuple[SampleInfo, Tensors]]:
         """Every sample with what it is."""
-        shard, tensors = "", {}
+        shard, tensors = "", dict[str, Tensor]()
         for info in self.infos:
             if info.shard != shard:
                 shard, tensors = info.shard, load_tensors(self._folder / info.shard)

@@ -19,7 +19,7 @@ class WeightsFormat(StrEnum):
 def mha2sha(
     ctx: typer.Context,
     source: Annotated[
-        Path, typer.Argument(help="A folder with state_dict_mha.*, a diffusers model folder, or weights.")
+        Path, typer.Argument(help="A folder with state_dict_mha.safetensors or .pth, and encodings if there are any.")
     ],
     out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Folder of the result.")] = Path("sha"),
     num_heads: Annotated[

@@ -2,8 +2,10 @@
 
 import contextlib
 import io
+import logging
 import tempfile
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import aimet_torch.onnx
@@ -31,6 +33,7 @@ def to_onnx(simulation: Simulation, example: Tensors, *, opset: int) -> ModelPro
         simulation.without_operand_quantizers(),
         warnings.catch_warnings(action="ignore"),
         contextlib.redirect_stdout(io.StringIO()),
+        _quiet(logging.getLogger("torch.onnx")),
     ):
         aimet_torch.onnx.export(
             simulation.graph_module,
@@ -49,3 +52,14 @@ def to_onnx(simulation: Simulation, example: Tensors, *, opset: int) -> ModelPro
         del annotated.metadata_props[:]
     del model.graph.metadata_props[:]
     return model
+
+
+@contextlib.contextmanager
+def _quiet(logger: logging.Logger) -> Iterator[None]:
+    """The exporter warns that AIMET's own operators have signatures it cannot infer, once per operator and export."""
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

@@ -42,7 +42,8 @@ def run(context: StageContext) -> dict[str, Any]:
         artifact.write_answers(graph, list(zip(inputs, fp32, simulated, strict=True)))
         model = to_onnx(simulation, inputs[0], opset=context.recipe.export.opset)
         insert_operand_pairs(model, simulation.operand_encodings())
-        onnx.save(model, str(artifact.onnx(graph)), save_as_external_data=model.ByteSize() > _INLINE_BYTES)
+        external = model.ByteSize() > _INLINE_BYTES
+        onnx.save(model, str(artifact.onnx(graph)), save_as_external_data=external, location=f"{graph}.onnx.data")
         nodes[graph] = Counter(node.op_type for node in model.graph.node)
         run = artifact.runner(graph)
         results = [run(one) for one in inputs]
@@ -65,6 +66,6 @@ def _held_out(data: CalibrationArtifact, graph: str) -> list[Tensors]:
     """One input per held-out photograph: its first step, the next one's last, and so on, so that both kinds occur."""
     store = data.evaluation(graph)
     by_picture: dict[str, list[Tensors]] = {}
-    for info, inputs in store.items():
+    for info, inputs in store.samples():
         by_picture.setdefault(info.picture, []).append(inputs)
     return [samples[-(index % 2)] for index, samples in enumerate(by_picture.values())]

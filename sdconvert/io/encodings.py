@@ -7,11 +7,11 @@ An activation file adds `activation_encodings: {"<module>": {"input"|"output": {
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from sdconvert.artifacts import write_json_atomic
+from sdconvert.artifacts import write_text_atomic
 from sdconvert.errors import EncodingsError
 
 VERSION = "0.6.1"
@@ -19,6 +19,7 @@ Encoding = dict[str, Any]
 ParamEncodings = dict[str, list[Encoding]]
 _FIELDS = {"bitwidth", "dtype"}
 _INTEGER_FIELDS = {"is_symmetric", "max", "min", "offset", "scale"}
+_ONE_ENTRY = "one entry per channel or tensor"
 
 
 def read_encodings(path: Path) -> dict[str, Any]:
@@ -47,27 +48,56 @@ def read_encodings(path: Path) -> dict[str, Any]:
     sections = {
         name: content.get(name, {}) for name in ("param_encodings", "activation_encodings", "functional_encodings")
     }
-    _check_params(path, sections["param_encodings"])
+    for name, section in sections.items():
+        if not isinstance(section, dict):
+            raise EncodingsError(f"`{path}`: {name} is a {type(section).__name__}", hint="expected an object")
+        for key, value in section.items():
+            if name == "param_encodings" and not (isinstance(value, list) and value):
+                raise EncodingsError(f"`{path}`: `{key}` is no list of encodings", hint=_ONE_ENTRY)
+            for entry in _entries(value):
+                _check_entry(path, key, entry)
     return sections
 
 
 def write_params(path: Path, params: Mapping[str, list[Encoding]]) -> None:
     """Write parameter encodings in the flat form, by temporary name and rename."""
-    write_json_atomic(dict(params), path)
+    write_text_atomic(_by_lines(params), path)
 
 
 def write_encodings(path: Path, sections: Mapping[str, Any]) -> None:
     """Write parameter and activation encodings in one file that AIMET's `load_encodings` takes."""
-    write_json_atomic({"version": VERSION, "producer": {"package": "sdconvert"}, **sections}, path)
+    write_text_atomic(dump_encodings(sections), path)
 
 
-def _check_params(path: Path, params: Any) -> None:
-    if not isinstance(params, dict):
-        raise EncodingsError(f"`{path}`: param_encodings is a {type(params).__name__}", hint="expected an object")
-    for name, entries in params.items():
-        if not isinstance(entries, list) or not entries or not all(isinstance(entry, dict) for entry in entries):
-            raise EncodingsError(f"`{path}`: `{name}` is no list of encodings", hint="one entry per channel or tensor")
-        for entry in entries:
-            needed = _FIELDS | (_INTEGER_FIELDS if entry.get("dtype") == "int" else set())
-            if missing := sorted(needed - entry.keys()):
-                raise EncodingsError(f"`{path}`: `{name}` lacks {', '.join(missing)}", hint="export it again")
+def dump_encodings(sections: Mapping[str, Any]) -> str:
+    """The text of that file: one line per parameter or module, sorted within its section."""
+    head = {"version": VERSION, "producer": {"package": "sdconvert"}}
+    parts = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in head.items()]
+    parts += [f"{json.dumps(name)}: {_by_lines(section).rstrip()}" for name, section in sorted(sections.items())]
+    return "{\n" + ",\n".join(parts) + "\n}\n"
+
+
+def _by_lines(entries: Mapping[str, Any]) -> str:
+    """A checkpoint has ten thousands of entries: indented, each would take nine lines."""
+    lines = [f"{json.dumps(key)}: {json.dumps(value, separators=(',', ':'))}" for key, value in sorted(entries.items())]
+    return "{\n" + ",\n".join(lines) + "\n}\n"
+
+
+def _entries(value: Any) -> Iterator[Any]:
+    """What should be encodings, in lists (per channel) and objects (per input, output or position) of them."""
+    if isinstance(value, list):
+        for item in value:
+            yield from _entries(item)
+    elif isinstance(value, dict) and value and all(isinstance(item, dict) for item in value.values()):
+        for item in value.values():
+            yield from _entries(item)
+    else:
+        yield value
+
+
+def _check_entry(path: Path, key: str, entry: Any) -> None:
+    if not isinstance(entry, dict):
+        raise EncodingsError(f"`{path}`: `{key}` holds a {type(entry).__name__}, no encoding", hint=_ONE_ENTRY)
+    needed = _FIELDS | (_INTEGER_FIELDS if entry.get("dtype") == "int" else set())
+    if missing := sorted(needed - entry.keys()):
+        raise EncodingsError(f"`{path}`: `{key}` lacks {', '.join(missing)}", hint="export it again")

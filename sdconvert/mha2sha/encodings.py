@@ -2,8 +2,8 @@
 
 Tensors of the attention's forward, per layer, by the names of `quantize/graph.py`:
 
-    MHA   matmul.0 (q·k)   mul.0 (·scale)   softmax.0   matmul.1 (·v)                  (all heads in one tensor)
-    SHA   matmul.2i        mul.i            softmax.i   matmul.2i+1   then cat.0       (head i)
+    MHA   mul.0 (q·scale)   matmul.0 (·k)   softmax.0   matmul.1 (·v)                 (all heads in one tensor)
+    SHA   mul.i             matmul.2i       softmax.i   matmul.2i+1   then cat.0      (head i)
 """
 
 import difflib
@@ -47,8 +47,9 @@ def split_parameters(params: ParamEncodings, splits: Sequence[HeadSplit], keys: 
         elif len(entries) == split.heads * split.rows:
             result |= {name: entries[rows] for name, rows in split.parts()}
         else:
+            rows = split.heads * split.rows
             raise EncodingsError(
-                f"`{key}` has {len(entries)} encodings: neither 1 (per tensor) nor {split.heads * split.rows} (per row)",
+                f"`{key}` has {len(entries)} encodings: neither 1 (per tensor) nor {rows} (per row)",
                 hint="block-wise encodings are not split yet; quantize per tensor or per channel",
             )
     return result
@@ -83,7 +84,7 @@ def _per_head(path: str, positions: Mapping[str, Encoding], heads: int) -> dict[
     if positions.keys() != _MHA_POSITIONS:
         odd = ", ".join(sorted(positions.keys() ^ _MHA_POSITIONS))
         raise EncodingsError(
-            f"attention `{path}` is not matmul, scale, softmax, matmul: {odd}", hint="quantize it with sdconvert"
+            f"attention `{path}` is not scale, matmul, softmax, matmul: {odd}", hint="quantize it with sdconvert"
         )
     result: dict[str, Encoding] = {}
     for head in range(heads):

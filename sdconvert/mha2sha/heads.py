@@ -95,7 +95,7 @@ def heads_from_config(config: Mapping[str, Any], layers: Iterable[str]) -> dict[
 
     Raises:
         UsageError: The config names no heads.
-        CheckpointError: A layer is in none of the blocks.
+        CheckpointError: A layer is in none of the blocks, or blocks and head counts differ in number.
     """
     counts = config.get("num_attention_heads") or config.get("attention_head_dim")
     blocks = len(config.get("down_block_types", ()))
@@ -105,6 +105,11 @@ def heads_from_config(config: Mapping[str, Any], layers: Iterable[str]) -> dict[
             hint="give the number of heads with --num-heads, and take config.json out of the folder",
         )
     per_block = [counts] * blocks if isinstance(counts, int) else list(counts)
+    if len(per_block) != blocks:
+        raise CheckpointError(
+            f"config.json names the heads of {len(per_block)} blocks, {per_block}, but {blocks} blocks",
+            hint="attention_head_dim takes one number, or one per entry of down_block_types",
+        )
     found = {}
     for layer in layers:
         part, _, rest = layer.partition(".")

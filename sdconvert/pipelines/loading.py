@@ -1,6 +1,8 @@
 """Reading the parts of a diffusers folder that stock classes cover, strictly and without the network."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +10,7 @@ import diffusers
 import torch
 from diffusers import AutoencoderKL
 from transformers import CLIPTextModel, CLIPTokenizer
+from transformers.utils import logging as transformers_logging
 
 from sdconvert.errors import CheckpointError
 from sdconvert.io.tensors import tensor_shapes, weights_file
@@ -51,7 +54,8 @@ def _load_strictly(model_class: Any, weights: Path, **options: Any) -> Any:
     """The stock loaders leave a missing weight random and drop an unexpected one, with a warning only."""
     tensor_shapes(weights)  # a damaged file is refused here, by name
     folder = weights.parent
-    model, keys = _load(model_class, folder, output_loading_info=True, **options)
+    with _without_progress_bar():
+        model, keys = _load(model_class, folder, output_loading_info=True, **options)
     for problem in ("missing_keys", "unexpected_keys"):
         names = sorted(keys[problem])
         if names:
@@ -61,6 +65,18 @@ def _load_strictly(model_class: Any, weights: Path, **options: Any) -> Any:
                 hint="its weights and its config.json belong to different models",
             )
     return model
+
+
+@contextmanager
+def _without_progress_bar() -> Iterator[None]:
+    """Keep transformers from drawing a bar of its own for every model, into the middle of ours."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 def _load(loadable: Any, folder: Path, **options: Any) -> Any:

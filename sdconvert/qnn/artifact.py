@@ -3,7 +3,6 @@
 `qnn.json` at the root of the folder lists them; paths in it are relative, so the folder may move.
 """
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from functools import cached_property
@@ -12,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from sdconvert.artifacts import write_json_atomic
+from sdconvert.artifacts import read_json, write_json_atomic
 from sdconvert.errors import PreconditionError
 from sdconvert.io.tensors import load_tensors, unflatten
 from sdconvert.qnn.context import Context, TensorSpec
@@ -62,7 +61,7 @@ class QnnArtifact:
 
     @cached_property
     def _content(self) -> dict[str, Any]:
-        content: dict[str, Any] = json.loads((self.folder / _FILE).read_text(encoding="utf-8"))
+        content: dict[str, Any] = read_json(self.folder / _FILE)
         return content
 
     @property

@@ -10,7 +10,7 @@ from aimet_torch.quantization.affine import QuantizeDequantize
 from torch import Tensor, nn
 from torch.fx import GraphModule, Interpreter, Node
 
-from sdconvert.errors import EncodingsError
+from sdconvert.errors import EncodingsError, UnsupportedModelError
 from sdconvert.io.encodings import Encoding
 from sdconvert.quantize import graph
 from sdconvert.quantize.settings import Grid, QuantizerSettings
@@ -32,6 +32,9 @@ def insert_quantizers(graph_module: GraphModule, settings: QuantizerSettings) ->
     """Put a quantizer behind every stored tensor, every weight and every second operand of MatMul.
 
     Biases stay floating-point: they become int32 with the product of input and weight scale on export.
+
+    Raises:
+        UnsupportedModelError: A weight enters an op whose weights have no grid.
     """
     quantizers = QuantizerSet()
     stored = graph.values(graph_module)
@@ -41,10 +44,16 @@ def insert_quantizers(graph_module: GraphModule, settings: QuantizerSettings) ->
         if value.op in settings.ranges:
             quantizers.fixed_ranges[value.key] = settings.ranges[value.op]
     for parameter in weights:
-        if parameter.op in settings.parameters and not parameter.is_bias:
-            grid = settings.parameters[parameter.op]
-            quantizers.parameters[parameter.name] = _insert(graph_module, parameter.node, grid)
-            quantizers.sources[parameter.name] = str(parameter.node.target)
+        if parameter.is_bias:
+            continue
+        if parameter.op not in settings.parameters:
+            raise UnsupportedModelError(
+                f"`{parameter.name}` enters {parameter.op or 'an op that moves it'}, for which {settings.name} has no grid",
+                hint=f"weights of these ops have one: {', '.join(settings.parameters)}",
+            )
+        quantizer = _insert(graph_module, parameter.node, settings.parameters[parameter.op])
+        quantizers.parameters[parameter.name] = quantizer
+        quantizers.sources[parameter.name] = str(parameter.node.target)
     for operand in seconds:
         # The operand's source has its own quantizer by now: this one comes after it, on this edge alone.
         source = operand.matmul.args[1]
@@ -75,11 +84,12 @@ def read(quantizers: dict[str, QuantizeDequantize]) -> dict[str, list[Encoding]]
     return {key: quantizer.get_legacy_encodings() for key, quantizer in quantizers.items()}
 
 
-def write(quantizers: dict[str, QuantizeDequantize], encodings: dict[str, list[Encoding]], what: str) -> None:
-    """Set every quantizer from encodings.
+def require_fit(quantizers: dict[str, QuantizeDequantize], encodings: dict[str, list[Encoding]], what: str) -> None:
+    """Check that encodings can be written.
 
     Raises:
-        EncodingsError: A quantizer gets none, an entry lands nowhere, or the number of channels differs.
+        EncodingsError: A quantizer gets none, an entry lands nowhere or is no integer grid, or the number of channels
+            differs.
     """
     missing, unexpected = sorted(quantizers.keys() - encodings.keys()), sorted(encodings.keys() - quantizers.keys())
     if missing or unexpected:
@@ -94,7 +104,14 @@ def write(quantizers: dict[str, QuantizeDequantize], encodings: dict[str, list[E
                 f"`{key}` has {len(entries)} encodings, its quantizer takes {math.prod(quantizer.shape)}",
                 hint="per-channel and per-tensor settings must agree with the file",
             )
-        _set_exactly(quantizer, entries)
+        if foreign := {entry["dtype"] for entry in entries} - {"int"}:
+            raise EncodingsError(f"`{key}` is quantized as {foreign.pop()}, not int", hint="quantize it to integers")
+
+
+def write(quantizers: dict[str, QuantizeDequantize], encodings: dict[str, list[Encoding]]) -> None:
+    """Set every quantizer from encodings that fit."""
+    for key, quantizer in quantizers.items():
+        _set_exactly(quantizer, encodings[key])
 
 
 @torch.no_grad()

@@ -1,6 +1,5 @@
 """What the quantize stage leaves: per graph, weights, ranges and the simulation made of both."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from sdconvert.adapters import ModelAdapter, Tensors
+from sdconvert.artifacts import read_json
 from sdconvert.io.encodings import read_encodings
 from sdconvert.io.tensors import load_tensors
 from sdconvert.quantize.files import from_sections
@@ -33,9 +33,7 @@ class QuantizeArtifact:
 
     def layer_sqnr_db(self, graph: str) -> dict[str, float]:
         """SQNR of every stored tensor against fp32, by key in execution order."""
-        figures: dict[str, float] = json.loads(
-            (self.graph_folder(graph) / "layer_sqnr_db.json").read_text(encoding="utf-8")
-        )
+        figures: dict[str, float] = read_json(self.graph_folder(graph) / "layer_sqnr_db.json")
         return figures
 
     def pictures(self) -> dict[str, Tensor]:

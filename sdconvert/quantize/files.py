@@ -36,7 +36,8 @@ def from_sections(sections: dict[str, Any], simulation: Simulation) -> Encodings
     """The ranges of a file's sections under the keys of a simulation.
 
     Raises:
-        EncodingsError: An activation entry names no module of the graph, or one that is called more than once.
+        EncodingsError: An activation entry names no module of the graph, or one that is called more than once, or
+            holds no range for its output.
     """
     leaves = _leaf_outputs(simulation)
     activations: dict[str, list[Encoding]] = {
@@ -46,11 +47,16 @@ def from_sections(sections: dict[str, Any], simulation: Simulation) -> Encodings
     }
     for path, places in sections["activation_encodings"].items():
         if path not in leaves:
+            graph = simulation.adapter.graph_name
             raise EncodingsError(
-                f"activation encodings name `{path}`, which makes no tensor of the {simulation.adapter.graph_name} graph",
+                f"activation encodings name `{path}`, which makes no tensor of the {graph} graph",
                 hint="were they exported from the same model?",
             )
-        activations[leaves[path]] = [places["output"]["0"]]
+        match places:
+            case {"output": {"0": entry}}:
+                activations[leaves[path]] = [entry]
+            case _:
+                raise EncodingsError(f"`{path}` has no range for its output", hint='expected {"output": {"0": {…}}}')
     return Encodings(sections["param_encodings"], activations)
 
 

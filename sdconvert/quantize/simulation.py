@@ -60,20 +60,28 @@ class Simulation:
             )
         aimet.calibrate(self.graph_module, self.quantizers, iter(batches))
         # Files hold the range as min and max on the grid: from here on this graph computes what a file's reader will.
+        self.calibrated = True
         self.load(self.encodings())
 
     def encodings(self) -> Encodings:
-        """All ranges, in AIMET's form."""
+        """All ranges, in AIMET's form.
+
+        Raises:
+            PreconditionError: There are none yet.
+        """
+        self._require_ranges()
         return Encodings(aimet.read(self.quantizers.parameters), aimet.read(self.quantizers.activations))
 
     def load(self, encodings: Encodings) -> None:
-        """Set all ranges.
+        """Set all ranges, or none.
 
         Raises:
             EncodingsError: They do not fit the graph exactly.
         """
-        aimet.write(self.quantizers.parameters, encodings.parameters, "parameter")
-        aimet.write(self.quantizers.activations, encodings.activations, "activation")
+        aimet.require_fit(self.quantizers.parameters, encodings.parameters, "parameter")
+        aimet.require_fit(self.quantizers.activations, encodings.activations, "activation")
+        aimet.write(self.quantizers.parameters, encodings.parameters)
+        aimet.write(self.quantizers.activations, encodings.activations)
         self.calibrated = True
 
     @torch.no_grad()
@@ -83,17 +91,19 @@ class Simulation:
         Raises:
             PreconditionError: It has no ranges yet.
         """
-        if not self.calibrated:
-            raise PreconditionError(
-                f"the simulation of {self.adapter.graph_name} has no ranges", hint="calibrate() or load() first"
-            )
+        self._require_ranges()
         outputs = self.graph_module(*(inputs[name] for name in self.input_names))
         # AIMET returns a tensor class of its own, which carries a copy of the grid along.
         return {name: tensor.as_subclass(Tensor) for name, tensor in zip(self.output_names, outputs, strict=True)}
 
     @torch.no_grad()
     def layer_sqnr_db(self, inputs: Tensors) -> dict[str, float]:
-        """SQNR in dB of every stored tensor, by key in execution order: quantized graph against the same in fp32."""
+        """SQNR in dB of every stored tensor, by key in execution order: quantized graph against the same in fp32.
+
+        Raises:
+            PreconditionError: There are no ranges yet.
+        """
+        self._require_ranges()
         runs = []
         for quantized in (False, True):
             recorder = aimet.Recorder(self.graph_module, self.quantizers, quantized=quantized)
@@ -104,9 +114,14 @@ class Simulation:
 
     def operand_encodings(self) -> list[Encoding]:
         """Encodings of the second operands of MatMul, in execution order."""
-        found = aimet.read(self.quantizers.activations)
-        return [entries[0] for key, entries in found.items() if key.endswith(graph.SECOND)]
+        return [entries[0] for key, entries in self.encodings().activations.items() if key.endswith(graph.SECOND)]
 
     def without_operand_quantizers(self) -> AbstractContextManager[None]:
         """Take the second operands' quantizers out for a block, for an exporter that writes them itself."""
         return aimet.without_operand_quantizers(self.graph_module, self.quantizers)
+
+    def _require_ranges(self) -> None:
+        if not self.calibrated:
+            raise PreconditionError(
+                f"the simulation of {self.adapter.graph_name} has no ranges", hint="calibrate() or load() first"
+            )

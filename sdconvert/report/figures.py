@@ -1,5 +1,6 @@
 """Every figure of a run in one dictionary, read off what the stages left; nothing is computed by a model here."""
 
+import re
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -54,7 +55,7 @@ def collect_figures(
         "gates": gates,
         "pictures": measured,
         "accuracy": accuracy,
-        "layers": {graph: read_json(quantized.graph_folder(graph) / "layer_sqnr_db.json") for graph in graphs},
+        "layers": {graph: quantized.layer_sqnr_db(graph) for graph in graphs},
         "contexts": _contexts(qnn),
         "sizes": {graph: _sizes(graph, manifests) for graph in graphs},
         "bundle": _bundle(AndroidArtifact(run.stage_folder("70-android"))),
@@ -171,14 +172,15 @@ def _effort(manifest: Manifest) -> dict[str, Any]:
 
 
 def _photographs(calibration: Mapping[str, Any], licences: Path) -> list[dict[str, str]]:
-    rows = [line.strip("|").split("|") for line in licences.read_text(encoding="utf-8").splitlines() if line[:1] == "|"]
-    shipped = {file.strip().partition(".")[0]: (source.strip(), author.strip()) for file, source, author in rows}
+    lines = licences.read_text(encoding="utf-8").splitlines()
+    rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|"))
+    # `chelsea.png (held out)` is chelsea; the brackets around addresses are Markdown's.
+    shipped = {file.partition(".")[0]: (source, re.sub(r"<(.*?)>", r"\1", author)) for file, source, author in rows}
     found = []
-    for use in ("held_out", "photographs"):
-        for name in calibration[use]:
+    for key, use in (("held_out", "judged on"), ("photographs", "calibrated on")):
+        for name in calibration[key]:
             source, author = shipped.get(name, ("a file of the user", ""))
-            what = "judged on" if use == "held_out" else "calibrated on"
-            found.append({"name": name, "use": what, "source": source, "author": author})
+            found.append({"name": name, "use": use, "source": source, "author": author})
     return found
 
 

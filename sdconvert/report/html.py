@@ -16,7 +16,7 @@ from sdconvert.report.pictures import LABELS
 from sdconvert.report.plot import plot_layers
 
 _WORST = 10
-_FORMATS = {"dB": "{:.1f} dB", "s": "{:,.1f} s", "ssim": "{:.3f}", "count": "{:,}", "": "{:.6g}"}
+_FORMATS = {"dB": "{:.1f} dB", "s": "{:,.1f} s", "ssim": "{:.3f}"}
 
 
 def render_html(figures: Mapping[str, Any], pictures: Mapping[str, Mapping[str, Path]]) -> str:
@@ -48,15 +48,19 @@ def show_number(value: float | None, unit: str = "") -> Markup:
 
     Args:
         value: Infinite for the SQNR of equal tensors.
-        unit: `dB`, `s`, `bytes`, `ssim` (no unit, three digits), `count`, or nothing.
+        unit: `dB`, `s`, `bytes`, `ssim` (three digits), or nothing.
     """
     if value is None:
         return Markup("–")
+    return Markup('<data value="{}">{}</data>').format(to_json(value).strip('"'), _text(value, unit))
+
+
+def _text(value: float, unit: str) -> str:
     if not math.isfinite(value):
-        text = {"inf": "∞", "-inf": "-∞"}.get(str(value), "NaN")
-    else:
-        text = do_filesizeformat(value, binary=True) if unit == "bytes" else _FORMATS[unit].format(value)
-    return Markup('<data value="{}">{}</data>').format(to_json(value).strip('"'), text)
+        return {"inf": "∞", "-inf": "-∞"}.get(str(value), "NaN")
+    if unit == "bytes":
+        return do_filesizeformat(value, binary=True)
+    return _FORMATS.get(unit, "{:,}" if isinstance(value, int) else "{:.6g}").format(value)
 
 
 def _data_url(path: Path) -> str:

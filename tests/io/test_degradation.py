@@ -1,4 +1,4 @@
-"""The fixed degradation: what it does to a photograph, and that it stays what every published figure was taken under."""
+"""The fixed degradation: what it does to a photograph, and that it stays what every figure was taken under."""
 
 import pytest
 import torch
@@ -64,7 +64,9 @@ def test_crop_is_the_largest_multiple_that_fits(height: int, width: int, multipl
             crop_to_multiple(image, multiple)
         return
     crop = crop_to_multiple(image, multiple)
-    assert all(cut % multiple == 0 and side - cut < multiple for cut, side in zip(crop.shape[1:], (height, width)))
+    assert all(
+        cut % multiple == 0 and side - cut < multiple for cut, side in zip(crop.shape[1:], (height, width), strict=True)
+    )
     assert torch.equal(crop, image[:, : crop.shape[1], : crop.shape[2]])
 
 

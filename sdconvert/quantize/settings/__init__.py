@@ -1,4 +1,4 @@
-"""Which tensor gets which bit-width and symmetry, per generation of the NPU, read from the JSON files beside this one."""
+"""Which tensor gets which bit-width and symmetry, per generation of the NPU: the JSON files beside this one."""
 
 import json
 from importlib import resources
