@@ -32,7 +32,7 @@ lint: $(READY)
 	$(PY) -m mypy
 
 bench: $(READY)
-	@for script in $(sort $(wildcard scripts/bench_*.py)); do echo "== $$script"; $(PY) $$script || exit 1; done
+	@for script in $(sort $(wildcard benchmarks/*.py)); do echo "== $$script"; $(PY) $$script || exit 1; done
 
 docs: $(READY)
 	@$(PY) scripts/make_docs.py

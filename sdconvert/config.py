@@ -51,6 +51,8 @@ class PipelineSection(_Section):
     """Side of the square latent tile that one graph sees, in latent pixels."""
     latent_overlap: int = Field(default=8, ge=0)
     """Overlap of neighbouring tiles, in latent pixels."""
+    color_fix: bool = True
+    """Take the colours from the enlarged input, as PASD does: normalization loses a tile's mean, the input has it."""
 
     @model_validator(mode="after")
     def _tiles_advance(self) -> Self:

@@ -4,10 +4,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sdconvert.adapters import ModelAdapter, Tensors
+from sdconvert.errors import CheckpointError
 from sdconvert.io.tensors import load_tensors
 from sdconvert.models.attention import SHAAttentionPatch
-from sdconvert.quantize.artifact import Simulation, load_simulation
-from sdconvert.quantize.settings import QuantizerSettings
+from sdconvert.quantize.artifact import QuantizerSettings, Simulation, load_simulation
 
 GRAPHS = ("controlnet", "unet")
 
@@ -34,7 +34,20 @@ class Mha2ShaArtifact:
         return load_simulation(self.graph_folder(graph) / f"{graph}.encodings", adapter, example, settings)
 
     def rewrite(self, graph: str, adapter: ModelAdapter) -> None:
-        """Turn a model's attention into SHA and load the stage's weights, strictly."""
+        """Turn a model's attention into SHA and load the stage's weights, strictly.
+
+        Raises:
+            CheckpointError: As `simulation`; the model keeps its own weights.
+        """
         for patch in SHAAttentionPatch.wrap_model("sha", adapter.model).values():
             patch.fuse()
-        adapter.model.load_state_dict(load_tensors(self.graph_folder(graph) / "state_dict_sha.safetensors"))
+        weights = load_tensors(self.graph_folder(graph) / "state_dict_sha.safetensors")
+        expected, found = (
+            {(name, tensor.shape) for name, tensor in state.items()} for state in (adapter.model.state_dict(), weights)
+        )
+        if odd := sorted({name for name, _ in expected ^ found}):
+            raise CheckpointError(
+                f"the SHA weights of {graph} do not fit its rewritten model in {len(odd)} tensors: {', '.join(odd[:5])}",
+                hint="convert the folder again, with the heads of this model",
+            )
+        adapter.model.load_state_dict(weights)

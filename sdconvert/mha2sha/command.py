@@ -95,9 +95,11 @@ def _heads(source: Path, keys: list[str], num_heads: int | None) -> dict[str, in
             f"--num-heads has no effect: `{config}` says the head count of every layer", hint="leave --num-heads out"
         )
     try:
-        content: dict[str, Any] = json.loads(config.read_text(encoding="utf-8"))
+        content: Any = json.loads(config.read_text(encoding="utf-8"))
     except ValueError as error:
         raise CheckpointError(f"`{config}` is no JSON: {error}", hint="copy it again from the checkpoint") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"`{config}` holds a {type(content).__name__}, not an object", hint="copy it again")
     return heads_from_config(content, layers)
 
 

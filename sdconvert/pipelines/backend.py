@@ -24,7 +24,7 @@ class GraphBackend:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Answer as the model would with `return_dict=False`."""
-        call = dict(zip(self.adapter.positional, args, strict=True)) | kwargs
+        call = dict(zip(self.adapter.positional[: len(args)], args, strict=True)) | kwargs
         return self.adapter.unpack(self.runner(self.adapter.pack(call)))
 
 

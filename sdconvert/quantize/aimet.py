@@ -31,7 +31,7 @@ class QuantizerSet:
 def insert_quantizers(graph_module: GraphModule, settings: QuantizerSettings) -> QuantizerSet:
     """Put a quantizer behind every stored tensor, every weight and every second operand of MatMul.
 
-    Biases stay floating-point: they become int32 with the product of input and weight scale on export.
+    Biases stay floating-point: the compiler makes them int32, with the product of input and weight scale.
 
     Raises:
         UnsupportedModelError: A weight enters an op whose weights have no grid.

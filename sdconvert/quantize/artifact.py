@@ -14,7 +14,7 @@ from sdconvert.quantize.files import from_sections
 from sdconvert.quantize.settings import QuantizerSettings
 from sdconvert.quantize.simulation import Simulation
 
-__all__ = ["QuantizeArtifact", "Simulation", "load_simulation"]
+__all__ = ["QuantizeArtifact", "QuantizerSettings", "Simulation", "load_simulation"]
 
 
 @dataclass(frozen=True)

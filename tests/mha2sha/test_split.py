@@ -165,5 +165,5 @@ def test_attention_that_is_more_than_plain_is_refused() -> None:
     positions = {**POSITIONS, "add.0": entry(1.0)}
     del positions["mul.0"]
     sections = {"activation_encodings": {}, "functional_encodings": {LAYERS[0]: positions}}
-    with pytest.raises(EncodingsError, match=f"attention `{LAYERS[0]}` is not matmul, .*: add.0, mul.0"):
+    with pytest.raises(EncodingsError, match=f"attention `{LAYERS[0]}` is not scale, .*: add.0, mul.0"):
         split_activations(sections, splits(state, {LAYERS[0]: 2}))

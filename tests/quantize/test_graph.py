@@ -52,7 +52,7 @@ def test_keys_name_modules_ops_and_inputs(traced_unet: GraphModule) -> None:
         assert value.op == "input" or position.rpartition(".")[0] == value.op
     attention = "up_blocks.0.pixel_attentions.0.transformer_blocks.0.attn2"
     found = [value.key.partition(":")[2] for value in values if value.key.startswith(f"{attention}:")]
-    assert found == ["matmul.0", "mul.0", "softmax.0", "matmul.1"]
+    assert found == ["mul.0", "matmul.0", "softmax.0", "matmul.1"]
 
 
 def test_every_parameter_of_the_model_is_in_the_graph_once(traced_unet: GraphModule) -> None:

@@ -1,0 +1,201 @@
+"""The exported graph: valid, static, quantized throughout, and what ONNX Runtime computes from it."""
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx
+import pytest
+import torch
+from diffusers.models.attention_processor import Attention
+from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
+from static_graphs import Case, golden_case, module_case, shared_case, shared_simulation, simulate
+
+from sdconvert.export.aimet import to_onnx
+from sdconvert.export.operands import insert_operand_pairs
+from sdconvert.export.runner import OnnxRunner
+from sdconvert.metrics import worst_sqnr_db
+from sdconvert.quantize.simulation import Simulation
+
+Export = Callable[[Case, Simulation, Path], ModelProto]
+
+# What the HTP computes as one op: a convolution's or product's bias, and x * sigmoid(x).
+FUSED = {("MatMul", "Add"), ("Sigmoid", "Mul")}
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A case, its simulation, and the file made of it."""
+
+    case: Case
+    simulation: Simulation
+    path: Path
+    model: ModelProto
+
+    def constant(self, name: str) -> "numpy_helper.np.ndarray":
+        """The value of an initializer."""
+        (found,) = (tensor for tensor in self.model.graph.initializer if tensor.name == name)
+        return numpy_helper.to_array(found)
+
+    def producer(self, name: str) -> NodeProto:
+        """The node that makes a tensor."""
+        (found,) = (node for node in self.model.graph.node if name in node.output)
+        return found
+
+
+@pytest.fixture(scope="module", params=["controlnet", "unet"])
+def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, export: Export) -> Exported:
+    return write(shared_case(request.param), shared_simulation(request.param), tmp_path_factory, export)
+
+
+@pytest.fixture(scope="module", params=[75, 69], ids=["v75", "v69"])
+def attention(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, export: Export) -> Exported:
+    """One attention layer, for a generation with 16-bit second operands and for one without."""
+    torch.manual_seed(0)
+    case = module_case(Attention(query_dim=16, heads=2, dim_head=8), 1, 32, 16)
+    return write(case, simulate(case, request.param), tmp_path_factory, export)
+
+
+def write(case: Case, simulation: Simulation, folders: pytest.TempPathFactory, export: Export) -> Exported:
+    path = folders.mktemp("onnx") / f"{case.adapter.graph_name}.onnx"
+    return Exported(case, simulation, path, export(case, simulation, path))
+
+
+def test_graph_is_valid_and_alone_in_its_folder(exported: Exported) -> None:
+    onnx.checker.check_model(str(exported.path), full_check=True)
+    assert [path.name for path in exported.path.parent.iterdir()] == [exported.path.name]
+    versions = {opset.domain: opset.version for opset in exported.model.opset_import}
+    assert versions[""] >= 21
+    assert {node.domain for node in exported.model.graph.node} == {""}
+
+
+def test_inputs_and_outputs_have_the_graph_s_names_and_static_shapes(exported: Exported) -> None:
+    graph = exported.model.graph
+    shapes = {v.name: [d.dim_value for d in v.type.tensor_type.shape.dim] for v in [*graph.input, *graph.output]}
+    inputs = exported.case.samples[0]
+    expected = {**inputs, **exported.case.adapter.run(inputs)}
+    assert list(shapes) == list(expected)
+    assert shapes == {name: list(tensor.shape) for name, tensor in expected.items()}
+    assert {v.type.tensor_type.elem_type for v in [*graph.input, *graph.output]} == {TensorProto.FLOAT}
+    for value in graph.value_info:
+        for dimension in value.type.tensor_type.shape.dim:
+            assert dimension.HasField("dim_value"), value.name
+
+
+def test_nothing_of_the_exporting_machine_is_left(exported: Exported) -> None:
+    assert b"site-packages" not in exported.path.read_bytes()
+    assert not any(node.metadata_props or node.doc_string for node in exported.model.graph.node)
+
+
+def float_edges(graph: onnx.GraphProto) -> Iterator[tuple[str, str]]:
+    """Producer and consumer of every tensor that is computed and reaches an op, or an end, without Q/DQ."""
+    producers = {name: node.op_type for node in graph.node for name in node.output}
+    producers |= {value.name: "input" for value in graph.input}
+    for node in graph.node:
+        if node.op_type not in ("QuantizeLinear", "DequantizeLinear"):
+            yield from ((producers[name], node.op_type) for name in node.input if name in producers)
+    yield from ((producers[value.name], "output") for value in graph.output)
+
+
+def test_every_tensor_between_ops_is_quantized(exported: Exported) -> None:
+    edges = Counter(float_edges(exported.model.graph))
+    bare = {edge: count for edge, count in edges.items() if edge[0] != "DequantizeLinear"}
+    assert bare.keys() <= FUSED
+    assert edges["DequantizeLinear", "output"] == len(exported.model.graph.output)
+
+
+def test_all_weights_are_integers(exported: Exported) -> None:
+    """Convolutions' and linear layers' int8, norms' uint16; floats are scales, biases and single factors."""
+    graph = exported.model.graph
+    grids = {name for node in graph.node if node.op_type.endswith("izeLinear") for name in node.input[1:]}
+    constants = {tensor.name: tensor for tensor in graph.initializer if tensor.name not in grids}
+    # Resize's factors must not be quantized.
+    factors = {name for node in graph.node if node.op_type == "Resize" for name in node.input[1:]}
+    floats = [t for t in constants.values() if t.data_type == TensorProto.FLOAT and t.name not in factors]
+    assert {name for name in exported.case.adapter.model.state_dict() if name.endswith(".bias")} >= {
+        tensor.name.removeprefix("model.") for tensor in floats if tensor.dims
+    }
+    types = Counter(tensor.data_type for tensor in constants.values())
+    parameters = exported.simulation.encodings().parameters.values()
+    per_tensor = sum(len(entries) == 1 for entries in parameters)
+    assert types[TensorProto.INT8] == len(parameters) - per_tensor
+    assert types[TensorProto.UINT16] == per_tensor
+    assert types.keys() <= {TensorProto.FLOAT, TensorProto.INT8, TensorProto.UINT16, TensorProto.INT64}
+
+
+def test_onnx_runtime_computes_what_the_simulation_computes(exported: Exported) -> None:
+    runner = OnnxRunner(exported.path)
+    for inputs in exported.case.samples:
+        answer = runner(inputs)
+        assert list(answer) == list(exported.simulation.output_names)
+        assert worst_sqnr_db(exported.simulation(inputs), answer) >= 55
+
+
+@pytest.mark.slow
+def test_the_reference_s_unet_is_exported_whole(tmp_path: Path, export: Export) -> None:
+    case = golden_case("unet")
+    simulation = simulate(case)
+    model = export(case, simulation, tmp_path / "unet.onnx")
+    assert {edge for edge in float_edges(model.graph) if edge[0] != "DequantizeLinear"} <= FUSED
+    assert worst_sqnr_db(simulation(case.samples[1]), OnnxRunner(tmp_path / "unet.onnx")(case.samples[1])) >= 55
+
+
+def test_second_operands_of_matmul_are_of_the_generation_s_type(attention: Exported) -> None:
+    v75 = attention.simulation.settings.name == "htp_v73"
+    encodings = iter(attention.simulation.operand_encodings())
+    products = [node for node in attention.model.graph.node if node.op_type == "MatMul"]
+    dynamic = [node for node in products if node.input[1].endswith("_second_dq")]
+    assert len(dynamic) == 2
+    for node in dynamic:
+        dequantize = attention.producer(node.input[1])
+        quantize = attention.producer(dequantize.input[0])
+        encoding = next(encodings)
+        assert (quantize.op_type, dequantize.op_type) == ("QuantizeLinear", "DequantizeLinear")
+        assert list(quantize.input[1:]) == list(dequantize.input[1:])
+        scale, zero_point = (attention.constant(name) for name in quantize.input[1:])
+        assert str(zero_point.dtype) == ("int16" if v75 else "uint8")
+        assert int(zero_point) == (0 if v75 else -encoding["offset"])
+        assert float(scale) == pytest.approx(encoding["scale"], rel=1e-6)
+        assert str(attention.constant(attention.producer(node.input[0]).input[2]).dtype) == "uint16"
+
+
+def test_attention_computes_what_its_simulation_computes(attention: Exported) -> None:
+    for inputs in attention.case.samples:
+        assert worst_sqnr_db(attention.simulation(inputs), OnnxRunner(attention.path)(inputs)) >= 60
+
+
+def test_another_number_of_products_is_refused(attention: Exported) -> None:
+    model = to_onnx(attention.simulation, attention.case.samples[0], opset=21)
+    with pytest.raises(Exception, match="the ONNX graph has 2 MatMuls of two computed tensors, its source 1") as error:
+        insert_operand_pairs(model, attention.simulation.operand_encodings()[:1])
+    assert "doctor" in error.value.hint  # type: ignore[attr-defined]
+
+
+def test_exporting_leaves_the_simulation_as_it_was(attention: Exported) -> None:
+    inputs = attention.case.samples[0]
+    again = simulate(attention.case, attention.simulation.settings.architectures[0])
+    assert torch.equal(attention.simulation(inputs)["y"], again(inputs)["y"])
+    assert attention.simulation.encodings() == again.encodings()
+
+
+def test_the_exporter_reports_nothing_on_stdout(attention: Exported, capfd: pytest.CaptureFixture[str]) -> None:
+    to_onnx(attention.simulation, attention.case.samples[0], opset=21)
+    assert capfd.readouterr().out == ""
+
+
+def test_a_constant_second_operand_gets_no_pair() -> None:
+    """A weight behind a Transpose depends on no input: it is static, and the compiler treats it so."""
+    weight = numpy_helper.from_array(numpy_helper.np.eye(4, dtype="float32"), "w")
+    nodes = [
+        helper.make_node("Transpose", ["w"], ["wt"], name="t"),
+        helper.make_node("MatMul", ["x", "wt"], ["y"], name="static"),
+        helper.make_node("MatMul", ["y", "x"], ["z"], name="dynamic"),
+    ]
+    x, z = (helper.make_tensor_value_info(name, TensorProto.FLOAT, [4, 4]) for name in "xz")
+    model = helper.make_model(helper.make_graph(nodes, "g", [x], [z], [weight]))
+    encoding = {"bitwidth": 8, "is_symmetric": "False", "offset": -7, "scale": 0.5}
+    insert_operand_pairs(model, [encoding])
+    assert [node.name for node in model.graph.node] == ["t", "static", "dynamic_second_q", "dynamic_second_dq", "dynamic"]
+    assert list(model.graph.node[-1].input) == ["y", "dynamic_second_dq"]
+    onnx.checker.check_model(model, full_check=True)
