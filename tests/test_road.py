@@ -142,9 +142,7 @@ def test_a_documented_command_runs(road: dict[str, Any], command: str, tmp_path:
     prepared = f"make --dry-run {shlex.join(arguments)}" if program == "make" else command
     if "my.yaml" in command and ">" not in command:
         (tmp_path / "my.yaml").write_text((ROOT / "sdconvert/recipes/pasd_tiny.yaml").read_text())
-    done = subprocess.run(
-        prepared, shell=True, cwd=tmp_path, capture_output=True, text=True, timeout=600, check=False
-    )
+    done = subprocess.run(prepared, shell=True, cwd=tmp_path, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr
 
 

@@ -19,7 +19,8 @@ from sdconvert.quantize.artifact import Simulation
 def to_onnx(simulation: Simulation, example: Tensors, *, opset: int) -> ModelProto:
     """Make ONNX of a simulation: every activation quantizer a Q/DQ pair, weights as integers with a DQ, biases float.
 
-    QNN's provider makes int32 of biases, with the product of input and weight scale. Second operands of MatMul are left without their own pair; see `export/operands.py`.
+    QNN's provider makes int32 of biases, with the product of input and weight scale. Second operands of MatMul are
+    left without their own pair; see `export/operands.py`.
 
     Args:
         simulation: With ranges.

@@ -47,7 +47,7 @@ class Mha2ShaArtifact:
         )
         if odd := sorted({name for name, _ in expected ^ found}):
             raise CheckpointError(
-                f"the SHA weights of {graph} do not fit its rewritten model in {len(odd)} tensors: {', '.join(odd[:5])}",
+                f"the SHA weights of {graph} do not fit the rewritten model: {len(odd)} tensors, {', '.join(odd[:5])}",
                 hint="convert the folder again, with the heads of this model",
             )
         adapter.model.load_state_dict(weights)

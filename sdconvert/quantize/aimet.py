@@ -48,7 +48,7 @@ def insert_quantizers(graph_module: GraphModule, settings: QuantizerSettings) ->
             continue
         if parameter.op not in settings.parameters:
             raise UnsupportedModelError(
-                f"`{parameter.name}` enters {parameter.op or 'an op that moves it'}, for which {settings.name} has no grid",
+                f"`{parameter.name}` enters {parameter.op or 'a move'}, for which {settings.name} has no grid",
                 hint=f"weights of these ops have one: {', '.join(settings.parameters)}",
             )
         quantizer = _insert(graph_module, parameter.node, settings.parameters[parameter.op])
@@ -171,7 +171,7 @@ def _insert(graph_module: GraphModule, node: Node, grid: Grid, only: Node | None
     with graph_module.graph.inserting_after(node):
         call = graph_module.graph.call_module(name, (node,))
     call.meta = dict(node.meta)
-    for user in [only] if only is not None else graph.iter_users(node):
+    for user in [only] if only is not None else list(node.users):
         if user is not call:
             user.replace_input_with(node, call)
     return quantizer

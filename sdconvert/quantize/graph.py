@@ -6,7 +6,6 @@ is `:<name>`. Keys do not depend on the exporter's numbering, so ranges measured
 """
 
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -143,15 +142,6 @@ def operands(graph_module: GraphModule) -> list[Operand]:
     ]
 
 
-def producer(node: Node) -> Node:
-    """The node whose values `node` shows, seen through moves."""
-    while node.target in MOVE_OPS or node.name.startswith("getitem"):
-        source = node.args[0]
-        assert isinstance(source, Node)  # for the type checker: moves move nodes
-        node = source
-    return node
-
-
 def module_path(node: Node) -> str:
     """Path of the module whose forward made the node, in the model's own names."""
     stack = node.meta.get("nn_module_stack") or {}
@@ -229,8 +219,3 @@ def _known(node: Node) -> bool:
     if node.op != "call_function":
         return node.op in ("placeholder", "get_attr", "output")
     return node.target in VALUE_OPS or node.target in MOVE_OPS or node.name.startswith("getitem")
-
-
-def iter_users(node: Node) -> Iterator[Node]:
-    """The nodes that use `node`, as a list that stays while they change."""
-    yield from list(node.users)

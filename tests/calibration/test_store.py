@@ -54,7 +54,7 @@ def test_samples_come_back_in_order(
         writer.close()
         found = ActivationStore(folder)
         assert len(found) == len(samples)
-        for info, tensors, sample, reference in zip(found.infos, found, samples, written, strict=True):
+        for (info, tensors), sample, reference in zip(found.samples(), samples, written, strict=True):
             assert {name: getattr(info, name) for name in sample} == sample
             assert list(tensors) == list(reference)
             assert all(torch.equal(tensors[name], reference[name]) for name in reference)

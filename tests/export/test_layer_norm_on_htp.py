@@ -35,9 +35,7 @@ def test_layer_norm_of_sixteen_rows_computes_what_the_simulation_says(tmp_path: 
     assert htp_vs_simulation_db(tmp_path, export, rows=16) >= 60
 
 
-def test_the_rewrite_is_what_makes_it_so(
-    tmp_path: Path, export: Export, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_rewrite_is_what_makes_it_so(tmp_path: Path, export: Export, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(graph, "_reshape_sixteen_row_layer_norms", lambda graph_module: None)
     (tmp_path / "16").mkdir()
     assert htp_vs_simulation_db(tmp_path / "16", export, rows=16) < 10

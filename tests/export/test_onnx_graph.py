@@ -196,6 +196,12 @@ def test_a_constant_second_operand_gets_no_pair() -> None:
     model = helper.make_model(helper.make_graph(nodes, "g", [x], [z], [weight]))
     encoding = {"bitwidth": 8, "is_symmetric": "False", "offset": -7, "scale": 0.5}
     insert_operand_pairs(model, [encoding])
-    assert [node.name for node in model.graph.node] == ["t", "static", "dynamic_second_q", "dynamic_second_dq", "dynamic"]
+    assert [node.name for node in model.graph.node] == [
+        "t",
+        "static",
+        "dynamic_second_q",
+        "dynamic_second_dq",
+        "dynamic",
+    ]
     assert list(model.graph.node[-1].input) == ["y", "dynamic_second_dq"]
     onnx.checker.check_model(model, full_check=True)

@@ -23,7 +23,8 @@ def test_the_heads_rows_cover_the_parent_once_and_in_order(heads: int, rows: int
 
 
 @pytest.mark.parametrize(
-    ("graph", "variant"), [("unet", "pasd"), ("unet", "pasd_light"), ("controlnet", "pasd"), ("controlnet", "pasd_rrdb")]
+    ("graph", "variant"),
+    [("unet", "pasd"), ("unet", "pasd_light"), ("controlnet", "pasd"), ("controlnet", "pasd_rrdb")],
 )
 def test_config_and_model_agree_on_the_heads(graph: str, variant: str) -> None:
     adapter = golden_case(graph, variant).adapter
@@ -89,7 +90,11 @@ def test_splits_follow_the_order_of_the_state_dict() -> None:
         (shapes(), {LAYER: 4, "gone": 4}, "head counts for layers that do not exist: gone"),
         ({"conv_in.weight": (3, 3)}, {}, "the weights hold no attention"),
         ({}, {}, "the weights hold no attention"),
-        ({f"{LAYER}.to_q_convs.0.weight": (2, 6, 1, 1), "a.to_k_convs.1.bias": (2,)}, {}, "in SHA form already: .* 1 more"),
+        (
+            {f"{LAYER}.to_q_convs.0.weight": (2, 6, 1, 1), "a.to_k_convs.1.bias": (2,)},
+            {},
+            "in SHA form already: .* 1 more",
+        ),
     ],
 )
 def test_what_cannot_be_split_is_refused(

@@ -35,9 +35,7 @@ class Flat(nn.Module):
         self.model = model
 
     def forward(self, sample: Tensor, timestep: Tensor, text: Tensor, cond: Tensor) -> tuple[Tensor, ...]:
-        _, down, mid = self.model(
-            sample, timestep, encoder_hidden_states=text, controlnet_cond=cond, return_dict=False
-        )
+        _, down, mid = self.model(sample, timestep, encoder_hidden_states=text, controlnet_cond=cond, return_dict=False)
         return (*down, mid)
 
 

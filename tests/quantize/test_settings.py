@@ -49,9 +49,7 @@ def test_an_unknown_architecture_is_refused() -> None:
 
 def test_recipe_sets_the_bit_widths_and_nothing_else() -> None:
     plain = load_settings({75})
-    changed = quantizer_settings(
-        recipe(["SM8650"], weight_bitwidth=4, activation_bitwidth=8, per_channel=False)
-    )
+    changed = quantizer_settings(recipe(["SM8650"], weight_bitwidth=4, activation_bitwidth=8, per_channel=False))
     assert changed.activations == Grid(bitwidth=8, symmetric=False)
     for op in ("conv2d", "linear"):
         assert plain.parameters[op] == Grid(bitwidth=8, symmetric=True, per_channel=True)

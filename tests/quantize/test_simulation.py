@@ -146,9 +146,7 @@ def changed(encodings: Encodings, section: str, **entries: Any) -> Encodings:
         ("activations", {":x": [{"dtype": "float", "bitwidth": 16}]}, "`:x` is quantized as float, not int"),
     ],
 )
-def test_ranges_that_do_not_fit_are_named(
-    toy: Simulation, section: str, entries: dict[str, Any], message: str
-) -> None:
+def test_ranges_that_do_not_fit_are_named(toy: Simulation, section: str, entries: dict[str, Any], message: str) -> None:
     with pytest.raises(EncodingsError, match=message):
         toy.load(changed(toy.encodings(), section, **entries))
 
