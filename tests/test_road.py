@@ -4,6 +4,7 @@ The run lies in the build folder of the checkout: after `make convert` all of it
 """
 
 import json
+import os
 import re
 import shlex
 import shutil
@@ -29,7 +30,8 @@ SHELL = re.compile(r"^```sh\n(.*?)^```", re.MULTILINE | re.DOTALL)
 def sdconvert(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
     """Run the command line in a process of its own."""
     command = [sys.executable, "-m", "sdconvert", *arguments]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=3000, check=False)
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}  # the other tests use the other cores
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=3000, check=False)
 
 
 @pytest.fixture(scope="module")

@@ -16,6 +16,7 @@ from sdconvert.quantize import graph
 from sdconvert.quantize.settings import Grid, QuantizerSettings
 
 _PREFIX = "quantizer_"
+_FINE_BITWIDTH = 16
 
 
 class QuantizerSet:
@@ -49,7 +50,7 @@ def insert_quantizers(graph_module: GraphModule, settings: QuantizerSettings) ->
         if parameter.op not in settings.parameters:
             raise UnsupportedModelError(
                 f"`{parameter.name}` enters {parameter.op or 'a move'}, for which {settings.name} has no grid",
-                hint=f"weights of these ops have one: {', '.join(settings.parameters)}",
+                hint=f"{settings.name} has grids for weights of {', '.join(settings.parameters)}",
             )
         quantizer = _insert(graph_module, parameter.node, settings.parameters[parameter.op])
         quantizers.parameters[parameter.name] = quantizer
@@ -65,8 +66,17 @@ def insert_quantizers(graph_module: GraphModule, settings: QuantizerSettings) ->
     return quantizers
 
 
-def calibrate(graph_module: GraphModule, quantizers: QuantizerSet, batches: Iterator[tuple[Tensor, ...]]) -> None:
-    """Take the range of every quantizer from the data, then set the ranges that the op itself fixes."""
+def calibrate(
+    graph_module: GraphModule, quantizers: QuantizerSet, batches: Iterator[tuple[Tensor, ...]], *, margin: float
+) -> None:
+    """Take the range of every quantizer from the data, then set the ranges that the op itself fixes.
+
+    Args:
+        graph_module: With the quantizers inserted.
+        quantizers: Of the graph.
+        batches: Inputs of the graph, by position.
+        margin: Part by which 16-bit activation ranges are widened beyond the data.
+    """
     with torch.no_grad(), ExitStack() as stack:
         for name, quantizer in quantizers.parameters.items():
             with quantizer.compute_encodings():
@@ -75,8 +85,12 @@ def calibrate(graph_module: GraphModule, quantizers: QuantizerSet, batches: Iter
             stack.enter_context(quantizer.compute_encodings())
         for batch in batches:
             graph_module(*batch)
-    for key, (low, high) in quantizers.fixed_ranges.items():
-        quantizers.activations[key].set_range(torch.tensor(low), torch.tensor(high))
+    for quantizer in quantizers.activations.values():
+        if quantizer.bitwidth == _FINE_BITWIDTH:
+            low, high = quantizer.get_min().detach(), quantizer.get_max().detach()
+            quantizer.set_range(low * (1 + margin), high * (1 + margin))
+    for key, (lowest, highest) in quantizers.fixed_ranges.items():
+        quantizers.activations[key].set_range(torch.tensor(lowest), torch.tensor(highest))
 
 
 def read(quantizers: dict[str, QuantizeDequantize]) -> dict[str, list[Encoding]]:

@@ -58,7 +58,7 @@ class Simulation:
             raise PreconditionError(
                 f"no calibration samples for {self.adapter.graph_name}", hint="run the calibration stage"
             )
-        aimet.calibrate(self.graph_module, self.quantizers, iter(batches))
+        aimet.calibrate(self.graph_module, self.quantizers, iter(batches), margin=self.settings.range_margin)
         # Files hold the range as min and max on the grid: from here on this graph computes what a file's reader will.
         self.calibrated = True
         self.load(self.encodings())

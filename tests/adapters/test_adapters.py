@@ -82,7 +82,7 @@ def test_model_is_left_as_it_was_by_a_failure_inside(case: Case) -> None:
 
 def test_attention_is_explicit_inside(case: Case) -> None:
     with case.adapter.as_graph() as graph:
-        found = {type(module.processor) for module in graph.modules() if isinstance(module, Attention)}
+        found: set[type] = {type(module.processor) for module in graph.modules() if isinstance(module, Attention)}
     assert found == {ExplicitAttnProcessor}
 
 

@@ -4,7 +4,10 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import onnx
 import pytest
 import torch
@@ -33,13 +36,14 @@ class Exported:
     path: Path
     model: ModelProto
 
-    def constant(self, name: str) -> "numpy_helper.np.ndarray":
+    def constant(self, name: str) -> npt.NDArray[Any]:
         """The value of an initializer."""
         (found,) = (tensor for tensor in self.model.graph.initializer if tensor.name == name)
         return numpy_helper.to_array(found)
 
     def producer(self, name: str) -> NodeProto:
         """The node that makes a tensor."""
+        found: NodeProto
         (found,) = (node for node in self.model.graph.node if name in node.output)
         return found
 
@@ -186,7 +190,7 @@ def test_the_exporter_reports_nothing_on_stdout(attention: Exported, capfd: pyte
 
 def test_a_constant_second_operand_gets_no_pair() -> None:
     """A weight behind a Transpose depends on no input: it is static, and the compiler treats it so."""
-    weight = numpy_helper.from_array(numpy_helper.np.eye(4, dtype="float32"), "w")
+    weight = numpy_helper.from_array(np.eye(4, dtype=np.float32), "w")
     nodes = [
         helper.make_node("Transpose", ["w"], ["wt"], name="t"),
         helper.make_node("MatMul", ["x", "wt"], ["y"], name="static"),

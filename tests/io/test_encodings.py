@@ -66,12 +66,13 @@ def test_parameters_survive_writing(tmp_path: Path, content: dict[str, Any]) -> 
 @pytest.mark.parametrize("shape", ["flat", "adaround", "full", "without_version"])
 def test_all_shapes_of_the_file_are_read(tmp_path: Path, shape: str) -> None:
     full = {"version": "0.6.1", "producer": {}, "excluded_layers": [], "activation_encodings": ACTIVATIONS}
-    content: dict[str, Any] = {
+    contents: dict[str, dict[str, Any]] = {
         "flat": PARAMS,
         "adaround": {"param_encodings": PARAMS},
         "full": full | {"param_encodings": PARAMS},
         "without_version": {"activation_encodings": ACTIVATIONS, "param_encodings": PARAMS},
-    }[shape]
+    }
+    content = contents[shape]
     sections = read_encodings(write(tmp_path / "x.encodings", content))
     assert sections["param_encodings"] == PARAMS
     assert sections["activation_encodings"] == (ACTIVATIONS if "activation_encodings" in content else {})

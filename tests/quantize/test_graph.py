@@ -69,7 +69,8 @@ class Twice(nn.Module):
         self.linear = nn.Linear(4, 4)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.linear(F.silu(self.linear(x)))
+        output: Tensor = self.linear(F.silu(self.linear(x)))
+        return output
 
 
 def test_a_module_that_is_called_twice_makes_two_keys_and_one_weight() -> None:

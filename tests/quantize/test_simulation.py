@@ -96,13 +96,13 @@ def test_softmax_has_the_range_of_a_probability() -> None:
         assert math.isclose(entry["max"], 1.0, rel_tol=1e-6)
 
 
-def test_ranges_cover_what_calibration_saw(toy: Simulation) -> None:
+def test_ranges_are_what_calibration_saw_and_the_margin(toy: Simulation) -> None:
     case = module_case(toy.adapter.model, 1, 6, 8)
     (entry,) = toy.encodings().activations[":x"]
     seen = torch.cat([sample["x"] for sample in case.samples])
-    step = entry["scale"]
-    assert entry["min"] - step <= float(seen.min()) <= entry["min"] + step
-    assert entry["max"] - step <= float(seen.max()) <= entry["max"] + step
+    step, wider = entry["scale"], 1 + toy.settings.range_margin
+    assert entry["min"] - step <= wider * float(seen.min()) <= entry["min"] + step
+    assert entry["max"] - step <= wider * float(seen.max()) <= entry["max"] + step
 
 
 def test_an_uncalibrated_simulation_does_not_run() -> None:
