@@ -35,8 +35,8 @@ class QuantizerSettings(BaseModel):
     matmul_second_operand: Grid
     range_margin: float = Field(
         ge=0,
-        description="Part by which 16-bit activation ranges exceed the calibration data. A quarter costs 2 of 90 dB and "
-        "keeps inputs that go further than the data from being clipped (38 -> 30 dB on a ControlNet output).",
+        description="Part by which 16-bit activation ranges exceed the calibration data. A quarter costs 2 of 90 dB, "
+        "and keeps inputs that go further from being clipped (38 -> 30 dB on one output of a ControlNet).",
     )
     ranges: dict[str, tuple[float, float]] = Field(description="Fixed output ranges by op.")
 
