@@ -16,7 +16,8 @@ from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
 from sdconvert.adapters.registry import ClassRegistry
-from sdconvert.models.attention import ExplicitAttnProcessor
+from sdconvert.errors import UnsupportedModelError, UsageError
+from sdconvert.models.attention import PLAIN_PROCESSORS, ExplicitAttnProcessor
 
 AttentionKind = Literal["self", "cross", "pixel"]
 Tensors = dict[str, Tensor]
@@ -80,9 +81,17 @@ class ModelAdapter(ABC):
         """The model as a module of positional inputs and a tuple of outputs, with attention written out.
 
         Fused attention kernels hide the tensors that a phone stores: inside, matmul, softmax and matmul are visible.
+
+        Raises:
+            UnsupportedModelError: An attention has a processor that may compute something else; all are named.
         """
         attentions: list[Any] = [module for module in self.model.modules() if isinstance(module, Attention)]
         processors = [attention.processor for attention in attentions]
+        if foreign := sorted({type(one).__name__ for one in processors if type(one) not in PLAIN_PROCESSORS}):
+            raise UnsupportedModelError(
+                f"attention processors of {self.graph_name} may compute more than attention: {', '.join(foreign)}",
+                hint=f"fuse or remove them; known are {', '.join(cls.__name__ for cls in PLAIN_PROCESSORS)}",
+            )
         with self.surgery():
             for attention in attentions:
                 attention.processor = ExplicitAttnProcessor()
@@ -130,6 +139,16 @@ def _attention_kind(path: str, attention: Attention) -> AttentionKind:
     if not attention.is_cross_attention:
         return "self"
     return "pixel" if "pixel_attentions" in path or path.endswith("attn2_plus") else "cross"
+
+
+def require_known_arguments(call: Mapping[str, Any], known: set[str]) -> None:
+    """Refuse arguments of a pipeline's call that a static graph has no place for.
+
+    Raises:
+        UsageError: Names them.
+    """
+    if unknown := sorted(call.keys() - known - {"return_dict"}):
+        raise UsageError(f"a static graph takes no {', '.join(unknown)}", hint=f"it takes {', '.join(sorted(known))}")
 
 
 AdapterRegistry: ClassRegistry[type[ModelAdapter]] = ClassRegistry("adapter")

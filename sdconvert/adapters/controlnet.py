@@ -8,10 +8,12 @@ import torch
 from diffusers.models.controlnets.controlnet import ControlNetModel
 from torch import Tensor, nn
 
-from sdconvert.adapters.base import AdapterRegistry, ModelAdapter, Tensors
+from sdconvert.adapters.base import AdapterRegistry, ModelAdapter, Tensors, require_known_arguments
 from sdconvert.adapters.time_projection import attach_time_projection_input, project_timestep
 from sdconvert.errors import UsageError
 from sdconvert.plugins import feeding
+
+_ARGUMENTS = {"sample", "timestep", "encoder_hidden_states", "controlnet_cond", "conditioning_scale"}
 
 
 @AdapterRegistry.register(ControlNetModel)
@@ -34,8 +36,9 @@ class ControlNetModelAdapter(ModelAdapter):
         """See `ModelAdapter.pack`.
 
         Raises:
-            UsageError: The call asks for another `conditioning_scale` than the graph's.
+            UsageError: The call has other arguments, or asks for another `conditioning_scale` than the graph's.
         """
+        require_known_arguments(call, _ARGUMENTS)
         if (asked := call.get("conditioning_scale", self.conditioning_scale)) != self.conditioning_scale:
             raise UsageError(
                 f"conditioning_scale {asked} asked of a ControlNet graph made for {self.conditioning_scale}",

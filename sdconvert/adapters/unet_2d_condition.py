@@ -8,9 +8,17 @@ import torch
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import Tensor
 
-from sdconvert.adapters.base import AdapterRegistry, ModelAdapter, Tensors
+from sdconvert.adapters.base import AdapterRegistry, ModelAdapter, Tensors, require_known_arguments
 from sdconvert.adapters.time_projection import attach_time_projection_input, project_timestep
 from sdconvert.plugins import feeding
+
+_ARGUMENTS = {
+    "sample",
+    "timestep",
+    "encoder_hidden_states",
+    "down_block_additional_residuals",
+    "mid_block_additional_residual",
+}
 
 
 @AdapterRegistry.register(UNet2DConditionModel)
@@ -21,7 +29,12 @@ class UNet2DConditionModelAdapter(ModelAdapter):
     positional = ("sample", "timestep")
 
     def pack(self, call: Mapping[str, Any]) -> Tensors:
-        """See `ModelAdapter.pack`."""
+        """See `ModelAdapter.pack`.
+
+        Raises:
+            UsageError: The call has other arguments.
+        """
+        require_known_arguments(call, _ARGUMENTS)
         inputs = {
             "sample": call["sample"],
             "t_emb": project_timestep(self.model, call["timestep"]),

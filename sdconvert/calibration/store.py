@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import Tensor
 
 from sdconvert.artifacts import write_json_atomic
-from sdconvert.errors import PreconditionError
+from sdconvert.errors import PreconditionError, UsageError
 from sdconvert.io.tensors import load_tensors, save_tensors
 
 _SHARD_BYTES = 64 << 20
@@ -44,8 +44,16 @@ class ActivationWriter:
         folder.mkdir(parents=True)
 
     def add(self, inputs: Tensors, *, picture: str, step: int, side: str, tile: int) -> None:
-        """Take one sample."""
+        """Take one sample.
+
+        Raises:
+            UsageError: There is one of the same picture, step, side and tile already.
+        """
         sample_id = f"{picture}-{step}-{side}-{tile}"
+        if any(info.id == sample_id for info in self._index):
+            raise UsageError(
+                f"two samples are called `{sample_id}`", hint="photographs of one run need different file names"
+            )
         shard = f"inputs-{self._shards:05d}.safetensors"
         self._index.append(SampleInfo(sample_id, picture, step, side, tile, shard, tuple(inputs)))
         self._pending |= {f"{sample_id}/{name}": tensor.clone() for name, tensor in inputs.items()}

@@ -71,14 +71,14 @@ def _split_heads(tokens: Tensor, heads: int) -> Tensor:
 
 
 # Processors that all compute the same sum. A subclass may compute anything, so only the classes themselves count.
-_PLAIN_PROCESSORS = (AttnProcessor, AttnProcessor2_0, XFormersAttnProcessor, SlicedAttnProcessor, ExplicitAttnProcessor)
+PLAIN_PROCESSORS = (AttnProcessor, AttnProcessor2_0, XFormersAttnProcessor, SlicedAttnProcessor, ExplicitAttnProcessor)
 
 
 def unsupported_reason(attn: Attention) -> str | None:
     """Why an attention cannot be rewritten per head, or None if it can."""
     processor: type = type(attn.processor)
     reasons = {
-        f"its processor {processor.__name__} may compute something else": processor not in _PLAIN_PROCESSORS,
+        f"its processor {processor.__name__} may compute something else": processor not in PLAIN_PROCESSORS,
         "it has added key and value projections": attn.added_kv_proj_dim is not None,
         "its projections are fused": attn.fused_projections,
         "it has fewer heads for keys and values than for queries": attn.inner_kv_dim != attn.inner_dim,

@@ -1,13 +1,14 @@
 """An adapter's two forms of a model agree, and the model comes out of the graph form as it went in."""
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from diffusers.models.attention_processor import Attention
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
-from static_graphs import SMALL_UNET, Case, golden_case, small_case, vae_case
+from static_graphs import SMALL_UNET, Case, golden_case, shared_case, small_case, vae_case
 from torch import Tensor, nn
 
 from sdconvert.adapters import adapter_for, specs
@@ -151,3 +152,19 @@ def test_conditioning_scale_is_a_constant_of_the_graph() -> None:
 def test_a_model_of_no_family_is_refused() -> None:
     with pytest.raises(UnsupportedModelError, match="no adapter covers Linear; known: AutoencoderKL"):
         adapter_for(nn.Linear(1, 1))
+
+
+def test_an_argument_that_the_graph_has_no_place_for_is_refused() -> None:
+    adapter = shared_case("unet").adapter
+    with pytest.raises(UsageError, match="cross_attention_kwargs"):
+        adapter.pack({"sample": torch.zeros(1), "cross_attention_kwargs": {"scale": 0.5}})
+
+
+def test_a_foreign_attention_processor_is_refused_by_name() -> None:
+    class DoublingProcessor(AttnProcessor2_0):
+        """Inherits from a known one, and so might pass for it."""
+
+    model = copy.deepcopy(shared_case("unet").adapter.model)
+    model.set_attn_processor(DoublingProcessor())
+    with pytest.raises(UnsupportedModelError, match="DoublingProcessor"), adapter_for(model).as_graph():
+        pass

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from sdconvert.calibration import store
 from sdconvert.calibration.store import ActivationStore, ActivationWriter
-from sdconvert.errors import CheckpointError, PreconditionError
+from sdconvert.errors import CheckpointError, PreconditionError, UsageError
 
 
 @contextmanager
@@ -106,3 +106,10 @@ def test_no_folder_is_written_into_twice(tmp_path: Path) -> None:
     ActivationWriter(tmp_path / "unet").close()
     with pytest.raises(FileExistsError):
         ActivationWriter(tmp_path / "unet")
+
+
+def test_two_samples_of_one_name_are_refused(tmp_path: Path) -> None:
+    writer = ActivationWriter(tmp_path / "unet")
+    writer.add({"x": torch.zeros(1)}, picture="cat", step=0, side="positive", tile=0)
+    with pytest.raises(UsageError, match="cat-0-positive-0"):
+        writer.add({"x": torch.ones(1)}, picture="cat", step=0, side="positive", tile=0)
