@@ -142,6 +142,10 @@ def run_stages(
     last = find_stage(to, names) if to else len(names) - 1
     if first > last:
         raise UsageError(f"`{names[first]}` comes after `{names[last]}`", hint="exchange --from and --to")
+    for stage in stages[: last + 1]:
+        # A recipe that a late stage refuses is refused before the first one works.
+        stage.settings(recipe)
+        stage.inputs(recipe)
     with explain_disk_full(run.root), run.lock():
         write_text_atomic(dump_recipe(recipe), run.root / "recipe.resolved.yaml")
         fingerprints: dict[str, str] = {}
