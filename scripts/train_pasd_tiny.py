@@ -1,8 +1,8 @@
 """Train and export `sdconvert/assets/pasd_tiny`, stage by stage; each stage can be stopped and goes on where it was.
 
 python scripts/train_pasd_tiny.py --stage vae --minutes 12
-python scripts/train_pasd_tiny.py --stage decoder --minutes 15 & python … --stage diffusion --minutes 25
-python scripts/train_pasd_tiny.py --stage finetune --minutes 20
+python scripts/train_pasd_tiny.py --stage decoder --minutes 15
+torchrun --nproc-per-node 2 scripts/train_pasd_tiny.py --stage diffusion --minutes 100 --threads 1
 python scripts/train_pasd_tiny.py --stage export
 python scripts/train_pasd_tiny.py --stage evaluate
 """
@@ -11,7 +11,7 @@ import argparse
 from pathlib import Path
 
 import torch
-from pasd_tiny.diffusion import train_diffusion, train_finetune
+from pasd_tiny.diffusion import train_diffusion
 from pasd_tiny.evaluate import evaluate
 from pasd_tiny.export import export
 from pasd_tiny.text import write_tokenizer
@@ -20,7 +20,7 @@ from torch import distributed
 from transformers import CLIPTokenizer
 
 ASSET = Path(__file__).resolve().parent.parent / "sdconvert" / "assets" / "pasd_tiny"
-STAGES = ("tokenizer", "vae", "decoder", "diffusion", "finetune", "export", "evaluate")
+STAGES = ("tokenizer", "vae", "decoder", "diffusion", "export", "evaluate")
 
 
 def main() -> None:
@@ -44,6 +44,8 @@ def main() -> None:
         default=[4],
         help="stage evaluate: numbers of sampler steps",
     )
+    parser.add_argument("--initial", type=Path, help="stage diffusion: an exported folder to start from")
+    parser.add_argument("--folder", type=Path, default=ASSET, help="stages export and evaluate: the model's folder")
     parser.add_argument("--pictures", type=Path, help="stage evaluate: where to write the pictures")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -52,9 +54,9 @@ def main() -> None:
             parser.error("--stage tokenizer needs --wheel; get it with: pip download --no-deps open_clip_torch==3.3.0")
         write_tokenizer(arguments.wheel, ASSET / "tokenizer")
     elif arguments.stage == "evaluate":
-        evaluate(ASSET, arguments.steps, arguments.pictures)
+        evaluate(arguments.folder, arguments.steps, arguments.pictures)
     elif arguments.stage == "export":
-        export(arguments.seed, ASSET, _tokenizer())
+        export(arguments.folder, _tokenizer())
     else:
         _train(arguments)
 
@@ -69,9 +71,7 @@ def _train(arguments: argparse.Namespace) -> None:
         case "decoder":
             train_decoder(*common)
         case "diffusion":
-            train_diffusion(*common, _tokenizer())
-        case "finetune":
-            train_finetune(*common, _tokenizer())
+            train_diffusion(*common, _tokenizer(), arguments.initial)
 
 
 def _tokenizer() -> CLIPTokenizer:

@@ -1,89 +1,102 @@
-"""Stages `diffusion` and `finetune`: UNet, ControlNet and text encoder, first on latents, then on pixels.
+"""Stage `diffusion`: UNet, ControlNet, text encoder and decoder, trained on the pixels of the few-step sampler.
 
-`diffusion` is the usual regression of the clean latents from noised ones. `finetune` trains what the few-step sampler
-really meets: it rolls the sampler out to a random step and compares the decoded prediction with the photograph, the
-decoder learning along; some steps are of the VAE alone.
+The sampler starts from the latents of the enlarged picture under a little noise, so the loss is taken where the sampler
+really goes: one update at its first step, the next on the same crops at a later step, reached from what the first one
+predicted. The error is squared: where detail is lost, PSNR asks for the mean of what may have been there.
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import AutoencoderKL
 from torch import Tensor
 from torch.nn import functional
-from transformers import CLIPTokenizer
+from transformers import CLIPTextModel, CLIPTokenizer
 
 from pasd_tiny.data import Batch, Crops
-from pasd_tiny.latents import decoder_modules, encoder_modules, trained_vae
+from pasd_tiny.latents import trained_vae
 from pasd_tiny.networks import Networks, build_networks, build_scheduler
 from pasd_tiny.text import encode
-from pasd_tiny.training import Trainer, averaged_weights, part
-from pasd_tiny.vae import pixel_loss, vae_loss
+from pasd_tiny.training import Trainer
+from sdconvert import load_pasd
 
 STEPS = 4
-_STEP_SHARES = (0.64, 0.12, 0.12, 0.12)  # of `finetune`; in the first step the control image alone gives the picture
-_RGBS_WEIGHT = 0.05
-_LATENT_WEIGHT = 0.05
-_HIGH_NOISE_SHARE = 0.4  # of the training timesteps; there the control image alone must give the picture
-_HIGH_NOISE = 700
-_SQUARED_WEIGHT = 8  # where detail is lost, L1 asks for the median of what may have been there, PSNR for the mean
-_RECONSTRUCT_EVERY = 16  # steps of `finetune` in which the VAE alone learns, so that it stays an autoencoder
+_LUMA = (0.299, 0.587, 0.114)
+_LUMA_WEIGHT = 2.0  # JPEG keeps little colour; what is left to win, and what is measured, is luma
+_RGBS_WEIGHT = 0.002
+_RECONSTRUCTION_WEIGHT = 0.1  # the VAE stays an autoencoder
+_RECONSTRUCT_EVERY = 16
+_WIDE_EVERY = 4  # pairs of updates on crops of the size of a device tile, the others on four times as many small ones
 
 
 @dataclass
-class Task:
-    """What both stages share."""
+class Reached:
+    """Where a prediction left the sampler: what the next update on the same crops starts from."""
 
-    networks: Networks
-    vae: Any
-    tokenizer: CLIPTokenizer
-    scheduler: Any
-    crops: Crops
-    generator: torch.Generator
-    device: torch.device
+    batch: Batch
+    sample: Tensor
+    predicted: Tensor
+    """Predicted clean latents."""
 
-    @property
-    def scale(self) -> float:
-        """Factor from the VAE's latents to those of the UNet."""
-        return float(self.vae.config.scaling_factor)
 
-    def latents(self, images: Tensor) -> Tensor:
-        """Scaled latents of images in [0, 1]: the posterior's mean."""
-        with torch.no_grad():
-            mean: Tensor = self.vae.encode(images * 2 - 1).latent_dist.mode()
-        return mean * self.scale
+class SamplerLoss:
+    """The loss of one step of the sampler, first and later steps in turn.
 
-    def decode(self, latents: Tensor) -> Tensor:
-        """Images in [-1, 1] of scaled latents."""
-        images: Tensor = self.vae.decode(latents / self.scale).sample
-        return images
+    Args:
+        networks: UNet, ControlNet and text encoder, on `device`.
+        vae: Autoencoder whose decoder is trained along.
+        tokenizer: Of the captions.
+        generator: Source of all randomness.
+        device: Where the networks are.
+    """
 
-    def normal(self, like: Tensor) -> Tensor:
-        """Unit noise of the shape of `like`."""
-        return torch.randn(like.shape, generator=self.generator).to(like)
+    def __init__(
+        self, networks: Networks, vae: Any, tokenizer: CLIPTokenizer, generator: torch.Generator, device: torch.device
+    ) -> None:
+        self.networks, self.vae, self.tokenizer = networks, vae, tokenizer
+        self.generator, self.device = generator, device
+        self.crops = Crops(generator)
+        self.scheduler = build_scheduler()
+        self.scheduler.set_timesteps(STEPS, device=device)
+        self.alphas = self.scheduler.alphas_cumprod.to(device)
+        self.reached: Reached | None = None
 
-    def batch(self, count: int, size: int) -> Batch:
-        """Crops on the device."""
-        batch = self.crops.degraded(count, size)
+    def __call__(self, step: int) -> Tensor:
+        """Loss of update `step`."""
+        if step % _RECONSTRUCT_EVERY == _RECONSTRUCT_EVERY - 1:
+            return self._reconstruction(self._batch(step).full)
+        if self.reached is None:
+            batch = self._batch(step)
+            return self._loss(batch, self._start(batch), self.scheduler.timesteps[0])
+        reached, self.reached = self.reached, None
+        later = int(torch.randint(1, STEPS, (), generator=self.generator))
+        timestep = self.scheduler.timesteps[later]
+        return self._loss(reached.batch, self._along(reached, timestep), timestep, keep=False)
+
+    def _batch(self, step: int) -> Batch:
+        wide = (step // 2) % _WIDE_EVERY == _WIDE_EVERY - 1
+        batch = self.crops.degraded(*((2, 128) if wide else (8, 64)))
         return Batch(batch.full.to(self.device), batch.control.to(self.device), batch.captions)
 
-    def noised(self, latents: Tensor, timesteps: Tensor) -> Tensor:
-        """Forward diffusion to `timesteps`: sqrt(a) latents + sqrt(1 - a) noise."""
-        alphas = self.scheduler.alphas_cumprod.to(self.device)[timesteps].view(-1, 1, 1, 1)
-        noised: Tensor = alphas.sqrt() * latents + (1 - alphas).sqrt() * self.normal(latents)
-        return noised
+    def _loss(self, batch: Batch, sample: Tensor, timestep: Tensor, keep: bool = True) -> Tensor:
+        text = encode(self.tokenizer, self.networks.text_encoder, batch.captions)
+        velocity, rgbs = self._predict(sample, timestep.expand(len(sample)), text, batch.control)
+        alpha = self.alphas[timestep]
+        predicted = alpha.sqrt() * sample - (1 - alpha).sqrt() * velocity
+        if keep:
+            self.reached = Reached(batch, sample, predicted.detach())
+        images = batch.full * 2 - 1
+        return squared_error(self._decode(predicted), images) + _RGBS_WEIGHT * rgbs_loss(rgbs, images)
 
-    def predict(self, sample: Tensor, timesteps: Tensor, text: Tensor, control: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Predicted clean latents, and the ControlNet's small pictures."""
+    def _predict(self, sample: Tensor, timesteps: Tensor, text: Tensor, control: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Predicted velocity, and the ControlNet's small pictures."""
         networks = self.networks
         rgbs, down, mid = networks.controlnet(
-            sample,
-            timesteps,
-            encoder_hidden_states=text,
-            controlnet_cond=control,
-            return_dict=False,
+            sample, timesteps, encoder_hidden_states=text, controlnet_cond=control, return_dict=False
         )
-        predicted = networks.unet(
+        velocity = networks.unet(
             sample,
             timesteps,
             encoder_hidden_states=text,
@@ -91,107 +104,89 @@ class Task:
             mid_block_additional_residual=mid,
             return_dict=False,
         )[0]
-        return predicted, rgbs
+        return velocity, rgbs
+
+    @torch.no_grad()
+    def _start(self, batch: Batch) -> Tensor:
+        """The noised latents of the enlarged picture, as the pipeline's `LatentsInitializer` makes them."""
+        posterior = self.vae.encode(batch.control * 2 - 1).latent_dist
+        latents = posterior.mean + posterior.std * self._normal(posterior.mean)
+        alpha = self.alphas[self.scheduler.timesteps[0]]
+        return alpha.sqrt() * latents + (1 - alpha).sqrt() * self._normal(latents)
+
+    def _along(self, reached: Reached, timestep: Tensor) -> Tensor:
+        """DDIM's step (Song et al. 2021, eq. 12) from the first timestep to `timestep`."""
+        first, alpha = self.alphas[self.scheduler.timesteps[0]], self.alphas[timestep]
+        noise = (reached.sample - first.sqrt() * reached.predicted) / (1 - first).sqrt()
+        return alpha.sqrt() * reached.predicted + (1 - alpha).sqrt() * noise
+
+    def _reconstruction(self, images: Tensor) -> Tensor:
+        with torch.no_grad():
+            latents = self.vae.encode(images * 2 - 1).latent_dist.mode()
+        return _RECONSTRUCTION_WEIGHT * squared_error(self._decode(latents), images * 2 - 1)
+
+    def _decode(self, latents: Tensor) -> Tensor:
+        images: Tensor = self.vae.decode(latents).sample
+        return images
+
+    def _normal(self, like: Tensor) -> Tensor:
+        return torch.randn(like.shape, generator=self.generator).to(like)
 
 
-def train_diffusion(seed: int, minutes: float, device: torch.device, tokenizer: CLIPTokenizer) -> None:
-    """Train UNet, ControlNet and text encoder on latents: mean squared error of the predicted sample."""
-    task = _task(seed, device, tokenizer)
-    trainer = Trainer(
-        "diffusion",
-        task.networks.named(),
-        task.generator,
-        minutes,
-        learning_rate=1.5e-3,
-    )
+def train_diffusion(
+    seed: int, minutes: float, device: torch.device, tokenizer: CLIPTokenizer, initial: Path | None
+) -> None:
+    """Train UNet, ControlNet, text encoder and decoder; the encoder stays as it is.
 
-    def loss(step: int) -> Tensor:
-        batch = task.batch(2, 128) if step % 4 == 3 else task.batch(8, 64)
-        clean = task.latents(batch.full)
-        text = encode(tokenizer, task.networks.text_encoder, batch.captions)
-        timesteps = _timesteps(len(clean), task.generator).to(device)
-        predicted, rgbs = task.predict(task.noised(clean, timesteps), timesteps, text, batch.control)
-        return functional.mse_loss(predicted, clean) + _RGBS_WEIGHT * rgbs_loss(rgbs, batch.full)
-
-    trainer.run(loss)
-
-
-def train_finetune(seed: int, minutes: float, device: torch.device, tokenizer: CLIPTokenizer) -> None:
-    """Train the networks and the VAE on the pixels of the few-step sampler's predictions."""
-    task = _task(seed, device, tokenizer)
-    load_networks(task.networks, averaged_weights("diffusion"))
-    modules = task.networks.named() | decoder_modules(task.vae) | encoder_modules(task.vae)
+    Args:
+        seed: Seed of all randomness.
+        minutes: Budget, earlier runs included.
+        device: Where to train.
+        tokenizer: Of the captions.
+        initial: Exported folder to start from; without it, untrained networks and the VAE of the stages before.
+    """
+    torch.manual_seed(seed)
+    networks, vae = _untrained(seed, tokenizer) if initial is None else _exported(initial, tokenizer)
+    # The first prediction is then the start itself.
+    networks.unet.conv_out.weight.data.zero_()
+    networks.unet.conv_out.bias.data.zero_()
+    modules = networks.named() | {"vae": vae}
     for module in modules.values():
-        module.requires_grad_(True)
-    trainer = Trainer("finetune", modules, task.generator, minutes, learning_rate=2e-3, average=0.998)
-
-    def loss(step: int) -> Tensor:
-        batch = task.batch(2, 128) if step % 2 else task.batch(8, 64)
-        images = batch.full * 2 - 1
-        if step % _RECONSTRUCT_EVERY == 0:
-            return vae_loss(task.vae, images)
-        clean = task.latents(batch.full)
-        text = encode(tokenizer, task.networks.text_encoder, batch.captions)
-        sample, timesteps = _roll_out(task, batch, text)
-        predicted, rgbs = task.predict(sample, timesteps, text, batch.control)
-        latents = functional.mse_loss(predicted, clean)
-        decoded = task.decode(predicted)
-        pixels = 0.5 * pixel_loss(decoded, images) + _SQUARED_WEIGHT * functional.mse_loss(decoded, images)
-        return pixels + _LATENT_WEIGHT * latents + _RGBS_WEIGHT * rgbs_loss(rgbs, batch.full)
-
-    trainer.run(loss)
+        module.requires_grad_(True).to(device)
+    vae.encoder.requires_grad_(False)
+    vae.quant_conv.requires_grad_(False)
+    generator = torch.Generator().manual_seed(seed)
+    trainer = Trainer("diffusion", modules, generator, minutes, learning_rate=2e-3)
+    trainer.run(SamplerLoss(networks, vae, tokenizer, generator, device))
 
 
-def load_networks(networks: Networks, weights: dict[str, Tensor]) -> None:
-    """Load checkpoint weights, keyed `network.parameter`, into the networks."""
-    for name, network in networks.named().items():
-        network.load_state_dict(part(weights, name))
+def squared_error(decoded: Tensor, images: Tensor) -> Tensor:
+    """Mean squared error of colours and of luma, images (N, 3, H, W) in [-1, 1]."""
+    error = decoded - images
+    luma = (error * torch.tensor(_LUMA, device=error.device).view(3, 1, 1)).sum(1)
+    return error.square().mean() + _LUMA_WEIGHT * luma.square().mean()
 
 
 def rgbs_loss(rgbs: list[Tensor], images: Tensor) -> Tensor:
     """L1 of the ControlNet's small pictures against the photograph in [-1, 1], as PASD trains them."""
     losses = [
-        functional.l1_loss(
-            rgb,
-            functional.interpolate(images * 2 - 1, rgb.shape[-2:], mode="bilinear", antialias=True),
-        )
+        functional.l1_loss(rgb, functional.interpolate(images, rgb.shape[-2:], mode="bilinear", antialias=True))
         for rgb in rgbs
     ]
     return torch.stack(losses).mean()
 
 
-def _task(seed: int, device: torch.device, tokenizer: CLIPTokenizer) -> Task:
-    torch.manual_seed(seed)
-    generator = torch.Generator().manual_seed(seed)
+def _untrained(seed: int, tokenizer: CLIPTokenizer) -> tuple[Networks, Any]:
+    return build_networks(tokenizer), trained_vae(seed, torch.device("cpu"))
+
+
+def _exported(folder: Path, tokenizer: CLIPTokenizer) -> tuple[Networks, Any]:
+    """The networks of an exported folder, in float32."""
     networks = build_networks(tokenizer)
-    for network in networks.named().values():
-        network.to(device)
-    return Task(
-        networks,
-        trained_vae(seed, device),
-        tokenizer,
-        build_scheduler(),
-        Crops(generator),
-        generator,
-        device,
-    )
-
-
-def _timesteps(count: int, generator: torch.Generator) -> Tensor:
-    uniform = torch.randint(0, 1000, (count,), generator=generator)
-    high = torch.randint(_HIGH_NOISE, 1000, (count,), generator=generator)
-    return torch.where(torch.rand(count, generator=generator) < _HIGH_NOISE_SHARE, high, uniform)
-
-
-@torch.no_grad()
-def _roll_out(task: Task, batch: Batch, text: Tensor) -> tuple[Tensor, Tensor]:
-    """Sample as inference does, down to a random step; return what the networks meet there."""
-    task.scheduler.set_timesteps(STEPS, device=task.device)
-    timesteps = task.scheduler.timesteps
-    stop = int(torch.multinomial(torch.tensor(_STEP_SHARES), 1, generator=task.generator))
-    count = len(batch.full)
-    sample = task.noised(task.latents(batch.control), timesteps[:1].expand(count))
-    for timestep in timesteps[:stop]:
-        predicted, _ = task.predict(sample, timestep.expand(count), text, batch.control)
-        sample = task.scheduler.step(predicted, timestep, sample).prev_sample
-    return sample, timesteps[stop].expand(count)
+    unet, controlnet = load_pasd(folder)
+    networks.unet.load_state_dict(unet.state_dict())
+    networks.controlnet.load_state_dict(controlnet.state_dict())
+    text_encoder = CLIPTextModel.from_pretrained(folder / "text_encoder", local_files_only=True)
+    networks.text_encoder.load_state_dict(text_encoder.state_dict())
+    vae = AutoencoderKL.from_pretrained(folder / "vae", local_files_only=True, torch_dtype=torch.float32)
+    return networks, vae

@@ -4,13 +4,10 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
-import torch
 from transformers import CLIPTokenizer
 
-from pasd_tiny.diffusion import load_networks
-from pasd_tiny.latents import trained_vae
-from pasd_tiny.networks import build_networks, build_scheduler
-from pasd_tiny.training import averaged_weights, checkpoint_path
+from pasd_tiny.networks import build_networks, build_scheduler, build_vae
+from pasd_tiny.training import averaged_weights, part
 from sdconvert.artifacts import atomic_folder, write_json_atomic
 from sdconvert.models.pasd import save_pasd
 
@@ -24,11 +21,12 @@ _CLASSES = {
 }
 
 
-def export(seed: int, folder: Path, tokenizer: CLIPTokenizer) -> None:
-    """Write the model of the last stage that has a checkpoint; the folder's tokenizer and README are kept."""
-    finetuned = checkpoint_path("finetune").exists()
-    networks, vae = build_networks(tokenizer), trained_vae(seed, torch.device("cpu"))
-    load_networks(networks, averaged_weights("finetune" if finetuned else "diffusion"))
+def export(folder: Path, tokenizer: CLIPTokenizer) -> None:
+    """Write the model of stage `diffusion`; the folder's tokenizer and README are kept."""
+    networks, vae = build_networks(tokenizer), build_vae()
+    weights = averaged_weights("diffusion")
+    for name, network in (networks.named() | {"vae": vae}).items():
+        network.load_state_dict(part(weights, name))
     save_pasd(networks.unet.half(), networks.controlnet.half(), folder)
     models: dict[str, Any] = {"text_encoder": networks.text_encoder, "vae": vae}
     for name, model in models.items():

@@ -7,11 +7,11 @@ from torch import Tensor, nn
 
 from pasd_tiny.data import Crops
 from pasd_tiny.networks import build_vae
-from pasd_tiny.training import averaged_weights, checkpoint_path, part
+from pasd_tiny.training import averaged_weights, part
 
 
 def normalised_vae(seed: int, device: torch.device) -> Any:
-    """The averaged VAE of stage `vae`, normalised, with the measured scaling factor, frozen.
+    """The averaged VAE of stage `vae`, normalised, frozen.
 
     Trained freely, a channel of the latents may be twenty times larger than another; noise would drown the small one
     and 8-bit weights would resolve neither alike.
@@ -22,27 +22,15 @@ def normalised_vae(seed: int, device: torch.device) -> Any:
     images, _ = Crops(torch.Generator().manual_seed(seed)).clean(64, 96)
     images = images.to(device) * 2 - 1
     _normalise(vae, vae.encode(images).latent_dist.mode())
-    deviation = vae.encode(images).latent_dist.mode().std()
-    vae.register_to_config(scaling_factor=round(1 / float(deviation), 5))
     return vae
 
 
 def trained_vae(seed: int, device: torch.device) -> Any:
-    """The normalised VAE with the decoder of the last stage that trained one."""
+    """The normalised VAE with the decoder of stage `decoder`."""
     vae = normalised_vae(seed, device)
-    for stage in ("finetune", "decoder"):
-        if checkpoint_path(stage).exists():
-            weights = averaged_weights(stage)
-            for name, module in (encoder_modules(vae) | decoder_modules(vae)).items():
-                if values := part(weights, name):
-                    module.load_state_dict(values)
-            break
+    for name, module in decoder_modules(vae).items():
+        module.load_state_dict(part(averaged_weights("decoder"), name))
     return vae
-
-
-def encoder_modules(vae: Any) -> dict[str, nn.Module]:
-    """The half of the VAE that turns pictures into latents."""
-    return {"encoder": vae.encoder, "quant_conv": vae.quant_conv}
 
 
 def decoder_modules(vae: Any) -> dict[str, nn.Module]:

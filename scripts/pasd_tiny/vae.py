@@ -1,7 +1,6 @@
 """Stages `vae` and `decoder`: the autoencoder between pictures and latents.
 
-A decoder needs longer than its encoder. Once `vae` has fixed the latents, `decoder` goes on with the encoder frozen,
-and may run at the same time as `diffusion`, which only needs the encoder.
+A decoder needs longer than its encoder. Once `vae` has fixed the latents, `decoder` goes on with the encoder frozen.
 """
 
 from typing import Any
