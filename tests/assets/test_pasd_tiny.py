@@ -25,8 +25,7 @@ MIB = 2**20
 PROMPTS = {"chelsea": "a photo of a cat", "china": "a photo of a temple"}
 ADDED_PROMPT = ", clean, high-resolution, 8k"
 STEPS = 4
-GAIN_DB = 0.0
-"""The goal is 0.5 dB; the present weights are short of it (see the asset's README), so this only holds the sign."""
+GAIN_DB = 0.5
 
 
 @pytest.fixture(scope="module")

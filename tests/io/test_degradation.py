@@ -19,7 +19,7 @@ def photograph() -> torch.Tensor:
 
 def test_bicubic_figures_of_the_held_out_photographs_are_the_known_ones() -> None:
     # These two figures are the baseline that the trained model is judged against; they fix all four constants.
-    for name, expected in (("chelsea", 27.95), ("china", 20.59)):
+    for name, expected in (("chelsea", 23.92), ("china", 19.70)):
         image = crop_to_multiple(read_image(photograph_path(name)), 32)
         weights = torch.tensor([0.299, 0.587, 0.114])
         luma, baseline = (torch.einsum("chw,c->hw", x, weights) for x in (image, enlarge(degrade(image, 0))))
