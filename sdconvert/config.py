@@ -8,7 +8,7 @@ import difflib
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -23,11 +23,28 @@ class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
 
 
+class LoraSection(_Section):
+    """One LoRA file."""
+
+    path: str
+    """A `.safetensors` file in the key style of diffusers or kohya."""
+    scale: float = 1.0
+    """Weight of the whole file; not zero."""
+
+    @model_validator(mode="after")
+    def _has_an_effect(self) -> Self:
+        if self.scale == 0:
+            raise ValueError(f"a scale of 0 gives {self.path} no effect; leave it out")
+        return self
+
+
 class CheckpointSection(_Section):
     """What is converted."""
 
     path: str = "asset:pasd_tiny"
     """A diffusers folder, or `asset:NAME` for a model that ships with sdconvert."""
+    loras: tuple[LoraSection, ...] = ()
+    """LoRA files that are fused into UNet, ControlNet and text encoder before anything else, in this order."""
 
 
 class PipelineSection(_Section):
@@ -213,6 +230,9 @@ def _keys(node: yaml.Node | None, prefix: str) -> Iterator[tuple[str, yaml.Node]
             name = f"{prefix}{key.value}"
             yield name, key
             yield from _keys(value, f"{name}.")
+    elif isinstance(node, yaml.SequenceNode):
+        for index, item in enumerate(node.value):
+            yield from _keys(item, f"{prefix}{index}.")
 
 
 def _override(content: dict[str, Any], origins: dict[str, str], override: str) -> None:
@@ -245,7 +265,8 @@ def _explain(error: ErrorDetails, origins: dict[str, str], path: Path) -> Recipe
     *parents, wrong = names
     section: Any = Recipe
     for parent in parents:
-        section = section.model_fields[parent].annotation
+        # Below a list the parent is an index, and the section is what the list holds.
+        section = get_args(section)[0] if parent.isdigit() else section.model_fields[parent].annotation
     hint = did_you_mean(wrong, list(section.model_fields))
     if wrong in everywhere:
         hint = f"did you mean `{everywhere[wrong]}`?"

@@ -1,4 +1,4 @@
-"""Read the checkpoint once, strictly, and keep the copy that the rest of the road works on."""
+"""Read the checkpoint once, strictly, fuse LoRAs, and keep the copy that the rest of the road works on."""
 
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ class CheckpointStage:
     title = "read the checkpoint"
     schema_version = 1
     after: tuple[str, ...] = ()
-    packages = ("diffusers", "transformers", "safetensors")
+    packages = ("diffusers", "transformers", "safetensors", "torch")
 
     def settings(self, recipe: Recipe) -> dict[str, Any]:
         """See `Stage.settings`."""
@@ -24,7 +24,8 @@ class CheckpointStage:
     def inputs(self, recipe: Recipe) -> dict[str, Path]:
         """See `Stage.inputs`."""
         folder = resolve_checkpoint(recipe.checkpoint.path)
-        return {f"checkpoint/{part}": folder / part for part in PARTS}
+        parts = {f"checkpoint/{part}": folder / part for part in PARTS}
+        return parts | {f"loras/{index}": Path(lora.path) for index, lora in enumerate(recipe.checkpoint.loras)}
 
     def run(self, context: StageContext) -> dict[str, Any]:
         """See `Stage.run`."""

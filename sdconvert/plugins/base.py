@@ -58,6 +58,11 @@ class BasePluginBlock(nn.Module, metaclass=_AttachWhenBuilt):
         """The module that the plugin hangs on."""
         return self._anchor
 
+    @property
+    def grafts(self) -> list[tuple[nn.Module, str]]:
+        """The children that the plugin has given to other modules of the model: (parent, name)."""
+        return list(self._grafts)
+
     def attach(self) -> None:
         """Become part of the model; called once, when the constructor has finished."""
         methods = {name: getattr(self, name, None) for name in _HOOK_METHODS}

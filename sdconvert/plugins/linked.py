@@ -51,7 +51,9 @@ class LinkedPlugin(BasePluginBlock):
         }
 
     def _end_call(self, *_: Any) -> None:
-        before = vars(self).pop("_before_call", {})
+        before = vars(self).pop("_before_call", None)
+        if before is None:
+            return  # what is there was fed, or set by hand, before the call
         for name, value in list(vars(self).items()):
             if name in _LASTING or not holds_tensor(value):
                 continue

@@ -149,7 +149,7 @@ def test_a_place_can_be_given_in_three_ways(model: Model) -> None:
             PatchPluginBlock("fourth", layer, **options)
 
 
-def test_fuse_swaps_the_module(model: Model) -> None:
+def test_h13_fuse_swaps_the_module(model: Model) -> None:
     expected, names = model(X), [name for name, _ in model.named_children()]
     group = ToConv.wrap_model("conv", model)
     group.fuse()
@@ -173,7 +173,7 @@ def test_patches_of_one_layer_fuse_together_in_order(model: Model) -> None:
     assert not any(patch.attached for patch in patches)
 
 
-def test_a_patch_that_cannot_be_fused_changes_nothing(model: Model, structure: Any) -> None:
+def test_h13_a_patch_that_cannot_be_fused_changes_nothing(model: Model, structure: Any) -> None:
     ToConv("conv", model.last, host_model=model)
     plain = PatchPluginBlock("plain", model.last, host_model=model)
     before, expected = structure(model), model(X)
@@ -255,7 +255,7 @@ def test_a_plugin_that_would_be_lost_is_named(model: Model, plugin_class: Any) -
     assert patch.attached
 
 
-def test_nested_containers_come_off_in_any_order(model: Model, structure: Any) -> None:
+def test_h5_nested_containers_come_off_in_any_order(model: Model, structure: Any) -> None:
     class Other(PatchPluginContainer):
         pass
 

@@ -147,7 +147,7 @@ def test_h5_host_keys_stay_while_attached(kind: str) -> None:
 
 
 @KINDS
-def test_state_dicts_load_into_a_plugged_model(kind: str) -> None:
+def test_h5_state_dicts_load_into_a_plugged_model(kind: str) -> None:
     model, other = build(), build()
     plugin, _ = ATTACH[kind](model), ATTACH[kind](other)
     with torch.no_grad():
@@ -164,7 +164,7 @@ def test_state_dicts_load_into_a_plugged_model(kind: str) -> None:
 
 
 @KINDS
-def test_disabled_is_as_if_removed(kind: str) -> None:
+def test_h5_disabled_is_as_if_removed(kind: str) -> None:
     model = build()
     expected = run(model)
     plugin = ATTACH[kind](model)

@@ -123,7 +123,7 @@ def test_h13_what_cannot_be_fused_says_so() -> None:
     assert plugin.attached
 
 
-def test_plugins_on_one_parameter_fuse_in_order() -> None:
+def test_h13_plugins_on_one_parameter_fuse_in_order() -> None:
     layer = nn.Linear(3, 3)
     first, second = Shift("first", layer, 1.0), Shift("second", layer, 5.0)
     expected = layer(X)

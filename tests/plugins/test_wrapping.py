@@ -72,7 +72,7 @@ def test_layers_inside_a_patched_layer_are_still_layers() -> None:
     assert list(Identity.wrap_model("inner", model)) == ["a", "b.0", "b.1", "b.2"]
 
 
-def test_exclude_classes_skip_what_is_below() -> None:
+def test_h2_exclude_classes_skip_what_is_below() -> None:
     assert list(Lora.wrap_model("lora", build(), exclude_classes=[nn.Sequential])) == ["a"]
 
 
@@ -84,7 +84,7 @@ def test_the_model_itself_may_match() -> None:
 
 
 @pytest.mark.parametrize("options", [{"exclude_key": "^$"}, {"exclude_classes": (nn.ModuleDict,)}])
-def test_no_match_is_an_error(options: dict[str, Any]) -> None:
+def test_h2_no_match_is_an_error(options: dict[str, Any]) -> None:
     with pytest.raises(PluginError, match="Lora finds no layer in ModuleDict .* looks for Linear"):
         Lora.wrap_model("lora", build(), **options)
     with pytest.raises(PluginError, match="wrapable_classes is empty"):
@@ -110,7 +110,7 @@ def test_a_failing_plugin_leaves_the_model_untouched(structure: Any) -> None:
 
 
 @pytest.mark.parametrize("plugin_class", [Lora, Identity])
-def test_a_layer_at_two_paths_stays_one_layer(plugin_class: Any, structure: Any) -> None:
+def test_h2_a_layer_at_two_paths_stays_one_layer(plugin_class: Any, structure: Any) -> None:
     shared = nn.Linear(2, 2)
     model = nn.ModuleDict({"a": shared, "b": nn.Sequential(nn.ReLU(), shared)})
     before = structure(model)
