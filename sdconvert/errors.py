@@ -49,12 +49,44 @@ class UnsupportedModelError(UsageError):
     """No adapter covers a class that the model contains."""
 
 
+class UnsupportedAttentionProcessorError(UnsupportedModelError):
+    """An attention's processor is none that a rewrite is registered for."""
+
+
+class UnsupportedLayerError(UnsupportedModelError):
+    """A layer that attends is of a class that nothing is registered for."""
+
+
+class UnsupportedSchedulerError(UnsupportedModelError):
+    """A sampler is of a class, or has an option, that no table of coefficients expresses."""
+
+
+class AmbiguousAdapterError(UnsupportedModelError):
+    """A class descends from two registered ones, and nothing says which of them it is."""
+
+
+class RegistrationError(UsageError):
+    """Something is registered twice, or for a registry that it does not fit."""
+
+
+class ExtensionError(UsageError):
+    """A package that extends sdconvert through an entry point cannot be imported."""
+
+
+class CapabilityError(UsageError):
+    """A model family cannot do what the recipe asks of it; all such requests are named."""
+
+
 class UnitError(UsageError):
     """A pipeline unit's declaration, inputs or outputs contradict each other."""
 
 
 class MissingModelError(UsageError):
     """A pipeline was asked for what only a model that is not loaded can do."""
+
+
+class ResidencyError(UsageError):
+    """A model was called while its weights were not there to compute with, or cannot be managed as asked."""
 
 
 class PreconditionError(UsageError):

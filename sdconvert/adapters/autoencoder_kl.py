@@ -1,12 +1,20 @@
 """AutoencoderKL: its decoder, which runs once per tile at the end."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from torch import Tensor
 
-from sdconvert.adapters.base import AdapterRegistry, AttentionLayer, ModelAdapter, Tensors
+from sdconvert.adapters.base import (
+    AdapterRegistry,
+    ModelAdapter,
+    require_known_arguments,
+    sample_size,
+    sample_spec,
+)
+from sdconvert.adapters.capabilities import AdapterCapabilities
+from sdconvert.adapters.spec import GraphSize, IOSpec, Tensors, TensorSpec, numbered
 
 
 @AdapterRegistry.register(AutoencoderKL)
@@ -15,9 +23,11 @@ class AutoencoderKLAdapter(ModelAdapter):
 
     graph_name = "vae_decoder"
     positional = ("latent_sample",)
+    capabilities: ClassVar = AdapterCapabilities(quantize=True, adaround=True, block_parallel=True)
 
     def pack(self, call: Mapping[str, Any]) -> Tensors:
         """See `ModelAdapter.pack`."""
+        require_known_arguments(call, {"latent_sample"})
         return {"latent_sample": call["latent_sample"]}
 
     def unpack(self, outputs: Tensors) -> Tensor:
@@ -35,6 +45,27 @@ class AutoencoderKLAdapter(ModelAdapter):
         """See `ModelAdapter.output_names`."""
         return ("sample",)
 
-    def attention_layers(self) -> list[AttentionLayer]:
-        """The decoder's own; the encoder is no part of the graph."""
-        return [layer for layer in super().attention_layers() if layer.path.startswith("decoder.")]
+    def io_spec(self, size: GraphSize | None = None) -> IOSpec:
+        """See `ModelAdapter.io_spec`; height and width are those of the latent, `sample_size` is the picture's."""
+        size = size or GraphSize()
+        model: Any = self.model
+        config = model.config
+        factor = 2 ** (len(config.block_out_channels) - 1)
+        if not (size.height and size.width):
+            picture = sample_size(config, GraphSize())
+            size = GraphSize(size.height or picture[0] // factor, size.width or picture[1] // factor)
+        area = sample_size(config, size)
+        shape = (1, config.out_channels, area[0] * factor, area[1] * factor)
+        latent = sample_spec("latent_sample", config.latent_channels, area)
+        return IOSpec((latent,), (TensorSpec("sample", shape, range=(-1.0, 1.0)),))
+
+    def block_paths(self) -> list[str]:
+        """See `ModelAdapter.block_paths`."""
+        model: Any = self.model
+        first = ["post_quant_conv"] if model.post_quant_conv is not None else []
+        middle = ["decoder.conv_in", "decoder.mid_block", *numbered("decoder.up_blocks", model)]
+        return [*first, *middle, "decoder.conv_norm_out", "decoder.conv_out"]
+
+    def in_graph(self, path: str) -> bool:
+        """See `ModelAdapter.in_graph`: the encoder is no part of the graph."""
+        return path.startswith(("decoder.", "post_quant_conv"))

@@ -1,44 +1,24 @@
-"""What a model family is, as data: the inputs and outputs of its static graph, and its attention layers.
+"""What a model family is: the inputs and outputs of its static graph, its blocks, its attention layers.
 
 An adapter stands between two forms of one model: the call that a pipeline makes (`unet(sample, timestep, …)`) and the
-static graph that a phone runs (named float tensors in, named float tensors out). `pack` and `unpack` translate.
+static graph that a phone runs (named tensors in, named tensors out). `pack` and `unpack` translate.
 """
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
-from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
-from sdconvert.adapters.registry import ClassRegistry
-from sdconvert.errors import UnsupportedModelError, UsageError
-from sdconvert.models.attention import PLAIN_PROCESSORS, ExplicitAttnProcessor
-
-AttentionKind = Literal["self", "cross", "pixel"]
-Tensors = dict[str, Tensor]
-
-
-@dataclass(frozen=True)
-class TensorSpec:
-    """One input or output of a static graph."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
-
-
-@dataclass(frozen=True)
-class AttentionLayer:
-    """One attention layer: where it is, how many heads it has, and what it looks at."""
-
-    path: str
-    heads: int
-    kind: AttentionKind
+from sdconvert.adapters.capabilities import AdapterCapabilities
+from sdconvert.adapters.layers import attending_layers
+from sdconvert.adapters.spec import AttentionLayer, BlockRef, GraphSize, IOSpec, Tensors, TensorSpec, random_inputs
+from sdconvert.errors import UsageError
+from sdconvert.models.attention_processors import BRING_TO_PLAIN_FORM
+from sdconvert.registry import ClassRegistry, Offender, refuse_together
 
 
 class ModelAdapter(ABC):
@@ -52,6 +32,8 @@ class ModelAdapter(ABC):
     """Name of the static graph, and of the pipeline attribute that it can replace."""
     positional: ClassVar[tuple[str, ...]]
     """Names of the arguments that a pipeline passes by position."""
+    capabilities: ClassVar[AdapterCapabilities] = AdapterCapabilities()
+    """What sdconvert can do with the family."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -72,34 +54,66 @@ class ModelAdapter(ABC):
     def output_names(self, count: int) -> tuple[str, ...]:
         """Names of the graph's `count` outputs."""
 
+    @abstractmethod
+    def io_spec(self, size: GraphSize | None = None) -> IOSpec:
+        """Inputs and outputs of the graph, from the model's config alone.
+
+        Args:
+            size: What the config leaves open; None: all defaults.
+
+        Raises:
+            UsageError: The config does not say a size that `size` leaves open.
+        """
+
+    @abstractmethod
+    def block_paths(self) -> Sequence[str]:
+        """Paths of the parts that hold the graph's parameters, in the order in which they first run."""
+
+    def blocks(self) -> list[BlockRef]:
+        """The parts that hold the graph's parameters, in the order in which they first run."""
+        return [BlockRef(path, self.model.get_submodule(path)) for path in self.block_paths()]
+
+    def dummy_inputs(self, spec: IOSpec | None = None, seed: int = 0) -> Tensors:
+        """Random inputs of the graph, the same for the same seed; see `random_inputs`."""
+        return random_inputs(spec or self.io_spec(), seed)
+
     def surgery(self) -> ExitStack:
         """Changes of the model that hold while it is a static graph; leaving the stack undoes them."""
         return ExitStack()
+
+    def offenders(self) -> Iterable[Offender]:
+        """What else of the model has no place in the graph; overridden by families with such options."""
+        return ()
+
+    def in_graph(self, path: str) -> bool:
+        """Whether a layer is part of the graph."""
+        return True
+
+    def check(self) -> None:
+        """Refuse a model that cannot be a static graph.
+
+        Raises:
+            UnsupportedModelError: Names every layer that stands in the way, why, and what to do.
+        """
+        rewrites, unknown = attending_layers(self.model)
+        offenders = [*unknown, *(offender for rewrite in rewrites if (offender := rewrite.offender()))]
+        offenders = [one for one in offenders if self.in_graph(one.path)] + list(self.offenders())
+        name = f"{type(self.model).__name__} ({self.graph_name})"
+        refuse_together(f"{name} cannot be a static graph", offenders, hint=BRING_TO_PLAIN_FORM)
 
     @contextmanager
     def as_graph(self) -> Iterator[nn.Module]:
         """The model as a module of positional inputs and a tuple of outputs, with attention written out.
 
-        Fused attention kernels hide the tensors that a phone stores: inside, matmul, softmax and matmul are visible.
-
         Raises:
-            UnsupportedModelError: An attention has a processor that may compute something else; all are named.
+            UnsupportedModelError: As `check`.
         """
-        attentions: list[Any] = [module for module in self.model.modules() if isinstance(module, Attention)]
-        processors = [attention.processor for attention in attentions]
-        if foreign := sorted({type(one).__name__ for one in processors if type(one) not in PLAIN_PROCESSORS}):
-            raise UnsupportedModelError(
-                f"attention processors of {self.graph_name} may compute more than attention: {', '.join(foreign)}",
-                hint=f"fuse or remove them; known are {', '.join(cls.__name__ for cls in PLAIN_PROCESSORS)}",
-            )
-        with self.surgery():
-            for attention in attentions:
-                attention.processor = ExplicitAttnProcessor()
-            try:
-                yield _GraphForm(self)
-            finally:
-                for attention, processor in zip(attentions, processors, strict=True):
-                    attention.processor = processor
+        self.check()
+        with self.surgery() as stack:
+            for rewrite in attending_layers(self.model)[0]:
+                if self.in_graph(rewrite.path):
+                    stack.enter_context(rewrite.written_out())
+            yield _GraphForm(self)
 
     @torch.no_grad()
     def run(self, inputs: Tensors) -> Tensors:
@@ -111,16 +125,21 @@ class ModelAdapter(ABC):
     def config(self) -> dict[str, Any]:
         """The model's configuration, as its `config.json` has it."""
         model: Any = self.model
-        config: dict[str, Any] = json.loads(model.to_json_string())
+        # transformers keeps it on the config object, diffusers on the model.
+        written = model.to_json_string() if hasattr(model, "to_json_string") else model.config.to_json_string()
+        config: dict[str, Any] = json.loads(written)
         return config
 
     def attention_layers(self) -> list[AttentionLayer]:
-        """All attention layers in the order of the modules."""
-        return [
-            AttentionLayer(path, module.heads, _attention_kind(path, module))
-            for path, module in self.model.named_modules()
-            if isinstance(module, Attention)
-        ]
+        """All attention layers of the graph, in the order of the modules.
+
+        Raises:
+            UnsupportedLayerError: A layer attends and is of a class that nothing is registered for.
+        """
+        rewrites, unknown = attending_layers(self.model)
+        unknown = [offender for offender in unknown if self.in_graph(offender.path)]
+        refuse_together(f"{type(self.model).__name__} has layers of unknown class that attend", unknown, hint="")
+        return [rewrite.describe() for rewrite in rewrites if self.in_graph(rewrite.path)]
 
 
 class _GraphForm(nn.Module):
@@ -135,25 +154,34 @@ class _GraphForm(nn.Module):
         return self._forward(*inputs)
 
 
-def _attention_kind(path: str, attention: Attention) -> AttentionKind:
-    if not attention.is_cross_attention:
-        return "self"
-    return "pixel" if "pixel_attentions" in path or path.endswith("attn2_plus") else "cross"
-
-
 def require_known_arguments(call: Mapping[str, Any], known: set[str]) -> None:
-    """Refuse arguments of a pipeline's call that a static graph has no place for.
+    """Refuse arguments of a pipeline's call that a static graph has no place for; None asks for nothing.
 
     Raises:
         UsageError: Names them.
     """
-    if unknown := sorted(call.keys() - known - {"return_dict"}):
+    asked = {name for name, value in call.items() if value is not None and name != "return_dict"}
+    if unknown := sorted(asked - known):
         raise UsageError(f"a static graph takes no {', '.join(unknown)}", hint=f"it takes {', '.join(sorted(known))}")
 
 
-AdapterRegistry: ClassRegistry[type[ModelAdapter]] = ClassRegistry("adapter")
+def sample_size(config: Any, size: GraphSize) -> tuple[int, int]:
+    """Height and width of a graph's sample: the asked ones, else the config's.
+
+    Raises:
+        UsageError: Neither says one.
+    """
+    given = getattr(config, "sample_size", None)
+    pair = tuple(given) if isinstance(given, list | tuple) else (given, given)
+    height, width = size.height or pair[0], size.width or pair[1]
+    if not height or not width:
+        raise UsageError("the model's config names no sample_size", hint="give GraphSize(height=…, width=…)")
+    return int(height), int(width)
 
 
-def specs(tensors: Mapping[str, Tensor]) -> tuple[TensorSpec, ...]:
-    """Describe named tensors."""
-    return tuple(TensorSpec(name, tuple(t.shape), str(t.dtype).removeprefix("torch.")) for name, t in tensors.items())
+def sample_spec(name: str, channels: int, size: tuple[int, int]) -> TensorSpec:
+    """A tensor (1, channels, height, width)."""
+    return TensorSpec(name, (1, channels, *size))
+
+
+AdapterRegistry: ClassRegistry[type[ModelAdapter]] = ClassRegistry("adapter", ModelAdapter)

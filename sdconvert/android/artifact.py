@@ -25,7 +25,7 @@ class AndroidArtifact:
         self.bundle = folder / BUNDLE
         self.tar = tar_path(self.bundle)
         if not ((self.bundle / "manifest.json").is_file() and self.tar.is_file()):
-            raise PreconditionError(f"`{folder}` holds no bundle", hint="run the android stage first")
+            raise PreconditionError(f"`{folder}` holds no bundle", hint="make it with `sdconvert package`")
 
     @cached_property
     def manifest(self) -> Manifest:

@@ -45,7 +45,7 @@ def write_bundle(
         model: Name of the model, for people.
         contexts: Compiled graphs; every graph for every SoC.
         samples: Test inputs with the answers expected; at least one per graph, ids unique in the bundle.
-        scheduler: JSON-able class name, configuration and timesteps of the sampler.
+        scheduler: JSON-able class name, configuration, timesteps and table of the sampler.
         metrics: JSON-able figures expected of the graphs.
 
     Raises:

@@ -73,7 +73,7 @@ class Manifest(_Record):
     socs: tuple[SocRecord, ...]
     graphs: tuple[GraphRecord, ...]
     scheduler: dict[str, Any]
-    """Class, configuration and timesteps of the sampler that calls the graphs."""
+    """The sampler that calls the graphs: class, configuration, and as `table` a `SchedulerSpec`, all a loop needs."""
     samples: tuple[SampleRecord, ...]
     metrics: dict[str, Any]
     """Figures expected of the graphs, as measured before shipping."""

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from sdconvert.adapters.schedulers import scheduler_spec
 from sdconvert.android.artifact import BUNDLE, tar_path
 from sdconvert.android.bundle import Sample, write_bundle
 from sdconvert.android.verify import verify_bundle
@@ -17,7 +18,6 @@ def run(context: StageContext) -> dict[str, Any]:
     exported = ExportArtifact(context.run.stage_folder("50-export"))
     compiled = QnnArtifact(context.run.stage_folder("60-qnn"))
     scheduler = CheckpointArtifact(context.run.stage_folder("10-checkpoint")).scheduler()
-    scheduler.set_timesteps(recipe.pipeline.num_inference_steps)
     folder = context.out / BUNDLE
     context.report.step(0, 2, "write")
     manifest = write_bundle(
@@ -25,11 +25,7 @@ def run(context: StageContext) -> dict[str, Any]:
         model=recipe.name,
         contexts=list(compiled.contexts.values()),
         samples=_samples(exported, compiled),
-        scheduler={
-            "class": type(scheduler).__name__,
-            "config": {key: value for key, value in scheduler.config.items() if not key.startswith("_")},
-            "timesteps": scheduler.timesteps.tolist(),
-        },
+        scheduler=scheduler_record(scheduler, recipe.pipeline.num_inference_steps),
         metrics=compiled.figures,
     )
     context.report.step(1, 2, "read back")
@@ -39,6 +35,21 @@ def run(context: StageContext) -> dict[str, Any]:
         "files": len(manifest.files),
         "tar_bytes": size,
         "note": f"{len(manifest.files)} files, {size / 1e6:.1f} MB",
+    }
+
+
+def scheduler_record(scheduler: Any, num_inference_steps: int) -> dict[str, Any]:
+    """What the bundle says of the sampler: its class and configuration for people, its table for the device's loop.
+
+    Raises:
+        UnsupportedSchedulerError: No table expresses it.
+    """
+    spec = scheduler_spec(scheduler, num_inference_steps)
+    return {
+        "class": spec.scheduler,
+        "config": {key: value for key, value in scheduler.config.items() if not key.startswith("_")},
+        "timesteps": list(spec.timesteps),
+        "table": spec.model_dump(mode="json"),
     }
 
 

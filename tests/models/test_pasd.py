@@ -47,7 +47,7 @@ def checkpoint(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize(("variant", "case"), CASES)
-def test_every_output_equals_the_original(variant: str, case: str, golden: Golden, relative_error: Error) -> None:
+def test_h16_every_output_equals_the_original(variant: str, case: str, golden: Golden, relative_error: Error) -> None:
     reference = golden(variant, case)
     unet, controlnet = load_pasd(GOLDEN / variant)
     outputs = reference.run_controlnet(controlnet, return_dict=False)
@@ -58,7 +58,7 @@ def test_every_output_equals_the_original(variant: str, case: str, golden: Golde
 
 
 @pytest.mark.parametrize(("variant", "case"), CASES)
-def test_unet_alone_equals_the_original(variant: str, case: str, golden: Golden, relative_error: Error) -> None:
+def test_h16_unet_alone_equals_the_original(variant: str, case: str, golden: Golden, relative_error: Error) -> None:
     reference = golden(variant, case)
     unet, _ = load_pasd(GOLDEN / variant)
     assert relative_error(reference.run_unet(unet), reference.tensors["unet_out"]) <= LIMIT
@@ -71,7 +71,7 @@ def test_unet_alone_equals_the_original(variant: str, case: str, golden: Golden,
         ("light", True, "pasd_light_full_unet_keys", "pasd_full_controlnet_rrdb_keys"),
     ],
 )
-def test_full_size_key_sets(variant: Any, rrdb: bool, unet_file: str, controlnet_file: str) -> None:
+def test_h16_full_size_key_sets(variant: Any, rrdb: bool, unet_file: str, controlnet_file: str) -> None:
     with torch.device("meta"):
         unet, controlnet = build_pasd(SD15, {**SD15, "use_rrdb": rrdb}, variant)
     for model, file in ((unet, unet_file), (controlnet, controlnet_file)):
@@ -81,7 +81,7 @@ def test_full_size_key_sets(variant: Any, rrdb: bool, unet_file: str, controlnet
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_copies_and_pickles_compute_the_same(variant: str, golden: Golden) -> None:
+def test_h10_copies_and_pickles_compute_the_same(variant: str, golden: Golden) -> None:
     reference = golden(variant)
     unet, controlnet = load_pasd(GOLDEN / variant)
     expected = reference.run_controlnet(controlnet)
@@ -112,7 +112,7 @@ class _ControlNetGraph(nn.Module):
 
 
 @pytest.mark.parametrize("variant", ["pasd", "pasd_light"])
-def test_unet_exports(variant: str, golden: Golden, relative_error: Error) -> None:
+def test_h19_unet_exports_with_its_multi_plugin(variant: str, golden: Golden, relative_error: Error) -> None:
     reference = golden(variant)
     unet, _ = load_pasd(GOLDEN / variant)
     unet.set_attn_processor(ExplicitAttnProcessor())
@@ -138,7 +138,7 @@ def _inputs(reference: Any) -> tuple[Tensor, ...]:
 
 
 @pytest.mark.parametrize("variant", ["full", "light"])
-def test_removed_plugins_leave_stock_models(variant: Any) -> None:
+def test_h5_removed_plugins_leave_stock_models(variant: Any) -> None:
     unet_config, controlnet_config = configs()
     models = build_pasd(unet_config, controlnet_config, variant)
     for model, cls in zip(models, (UNet2DConditionModel, ControlNetModel), strict=True):
