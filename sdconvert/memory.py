@@ -1,5 +1,6 @@
-"""How much memory a stretch of the program takes at its peak."""
+"""How much memory a stretch of the program takes at its peak, and how what is freed gets back to the system."""
 
+import ctypes
 import resource
 import sys
 from pathlib import Path
@@ -28,3 +29,11 @@ class PeakMemory:
         children = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
         # The system keeps one maximum over all children: only a new record can be told from an old one.
         return max(own, children if children > self._children else 0) * _UNIT
+
+
+def return_freed_memory() -> None:
+    """Give back to the system what was freed: glibc keeps blocks below 32 MiB for itself, and they count as used."""
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # musl has none, and gives back by itself
+        if trim is not None:
+            trim(0)

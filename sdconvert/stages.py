@@ -8,6 +8,7 @@ outcome says why. This file knows no stage: the list comes from whoever runs it.
 import hashlib
 import inspect
 import json
+import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ from sdconvert.memory import PeakMemory
 from sdconvert.source import source_hash
 
 _SOURCE = "source of the stage"
+_SCRATCH = ".resume-"
 _HASH_BELOW_BYTES = 16 << 20  # larger outputs are trusted by their size when they are reused
 
 
@@ -88,6 +90,16 @@ class StageContext:
     run: RunFolder
     """Where the stages named in `after` lie: `run.stage_folder(name)`."""
     report: Reporter
+    fingerprint: str = ""
+    """Of everything that decides the stage's result."""
+
+    @property
+    def scratch(self) -> Path:
+        """Folder that outlives a failed run of the same fingerprint, for what need not be computed twice.
+
+        A stage makes it on demand; it is removed when the stage has finished, is asked for afresh, or changes.
+        """
+        return self.run.root / f"{_SCRATCH}{self.fingerprint[:16]}"
 
 
 @dataclass(frozen=True)
@@ -158,10 +170,15 @@ def run_stages(
             stale = _why_stale(old, plan, run.stage_folder(stage.name))
             if position < first:
                 if stale:
-                    raise PreconditionError(f"`{stage.name}` is not up to date: {stale}", hint="start without --from")
+                    raise PreconditionError(
+                        f"`{run.stage_folder(stage.name)}`, which `{names[first]}` builds on, "
+                        f"is not up to date: {stale}",
+                        hint=f"make it with `--to {stage.name.partition('-')[2]}`, or start without --from",
+                    )
             elif old and not stale and not fresh:
                 outcomes.append(_reuse(old, run, progress))
             else:
+                _sweep_scratch(run, keep="" if fresh else plan.fingerprint)
                 outcomes.append(_redo(stage, plan, stale or "asked for with --fresh", recipe, run, progress))
         return outcomes
 
@@ -268,7 +285,7 @@ def _redo(stage: Stage, plan: _Plan, why: str, recipe: Recipe, run: RunFolder, p
     start, memory = time.monotonic(), PeakMemory()
     try:
         with atomic_folder(run.stage_folder(stage.name)) as out:
-            metrics = stage.run(StageContext(recipe, out, run, progress))
+            metrics = stage.run(StageContext(recipe, out, run, progress, plan.fingerprint))
             seconds = round(time.monotonic() - start, 3)
             Manifest(
                 stage=stage.name,
@@ -284,10 +301,17 @@ def _redo(stage: Stage, plan: _Plan, why: str, recipe: Recipe, run: RunFolder, p
     except BaseException as error:
         _log(run, stage.name, "failed", seconds=round(time.monotonic() - start, 3), error=type(error).__name__)
         raise
+    _sweep_scratch(run)
     _log(run, stage.name, "finished", seconds=seconds)
     outcome = StageOutcome(stage.name, "ran", why, seconds, metrics)
     progress.end(outcome)
     return outcome
+
+
+def _sweep_scratch(run: RunFolder, keep: str = "") -> None:
+    for folder in run.root.glob(f"{_SCRATCH}*"):
+        if not keep or folder.name != f"{_SCRATCH}{keep[:16]}":
+            shutil.rmtree(folder)
 
 
 def _log(run: RunFolder, stage: str, event: str, **details: Any) -> None:

@@ -211,8 +211,19 @@ def test_versions_and_formats_count(road: Road, monkeypatch: pytest.MonkeyPatch)
         road.go()
 
 
+def test_x9_a_stage_before_its_inputs_names_the_missing_artifact_and_the_command(road: Road) -> None:
+    with pytest.raises(PreconditionError, match=r"10-copy`, which `20-count` builds on, .*: no result yet") as error:
+        road.go(from_="count")
+    assert "make it with `--to copy`" in error.value.hint
+    road.go()
+    (road.run.stage_folder("20-count") / "count.txt").unlink()
+    with pytest.raises(PreconditionError, match=r"20-count`, which `30-tell` .*: output missing: count\.txt") as error:
+        road.go(from_="tell")
+    assert "make it with `--to count`" in error.value.hint
+
+
 def test_range_and_fresh(road: Road) -> None:
-    with pytest.raises(PreconditionError, match="`10-copy` is not up to date: no result yet"):
+    with pytest.raises(PreconditionError):
         road.go(from_="count")
     assert road.states(to="20-count") == "ran ran"
     assert road.states(from_="count") == "reused ran"

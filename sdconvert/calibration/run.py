@@ -4,17 +4,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from sdconvert.adapters import ModelAdapter
-from sdconvert.calibration.photographs import photograph_file
+from sdconvert.calibration.crops import TILE, calibration_crops, held_out_crops
+from sdconvert.calibration.phases import plan_phases, run_phases
+from sdconvert.calibration.spill import Sides
 from sdconvert.calibration.store import ActivationWriter
 from sdconvert.checkpoint.artifact import CheckpointArtifact
 from sdconvert.config import Recipe
-from sdconvert.errors import UsageError
 from sdconvert.io.degradation import degrade, enlarge
-from sdconvert.io.images import read_image
 from sdconvert.io.tensors import save_tensors
 from sdconvert.metrics import psnr_y, ssim_y
 from sdconvert.pipelines.backend import graph_adapters
@@ -22,7 +21,7 @@ from sdconvert.pipelines.pasd import PASDPipeline
 from sdconvert.pipelines.sampling import sampling_arguments
 from sdconvert.stages import StageContext
 
-_TILES_PER_SIDE = 2
+_PURPOSES = ("calibration", "evaluation")
 
 
 def run(context: StageContext) -> dict[str, Any]:
@@ -30,56 +29,99 @@ def run(context: StageContext) -> dict[str, Any]:
     recipe = context.recipe
     pipe = CheckpointArtifact(context.run.stage_folder("10-checkpoint")).pipeline()
     tile = recipe.pipeline.latent_tile * pipe.vae_scale_factor
-    crops = _calibration_crops(recipe, tile)
-    total = len(crops) + 2 * len(recipe.calibration.held_out)
+    held_out = held_out_crops(recipe, tile, pipe.vae_scale_factor)
+    crops = dict(zip(_PURPOSES, (calibration_crops(recipe, tile), held_out), strict=True))
+    low = {
+        f"{purpose}.{name}": _low_resolution(one, recipe) for purpose in crops for name, one in crops[purpose].items()
+    }
+
     adapters = graph_adapters(pipe, recipe.pipeline.conditioning_scale)
+    writers = {
+        purpose: {graph: ActivationWriter(context.scratch / purpose / graph, resume=True) for graph in adapters}
+        for purpose in _PURPOSES
+    }
 
-    calibration = _Capture(context.out / "calibration", adapters)
-    for done, (name, crop) in enumerate(crops.items()):
-        context.report.step(done, total, name)
-        calibration.picture = name
-        pipe(_low_resolution(crop, recipe), **sampling_arguments(recipe), observer=calibration)
-    calibration.close()
+    def request(sample: str) -> Sides:
+        shared, posi, nega = pipe.inputs(low[sample], **sampling_arguments(recipe))
+        purpose, _, picture = sample.partition(".")
+        if purpose == "calibration" or picture.endswith(TILE):  # one tile per photograph is enough to evaluate
+            shared["observer"] = _Capture(adapters, writers[purpose], picture)
+        return shared, posi, nega
 
-    evaluation = _Capture(context.out / "evaluation", adapters)
-    metrics: dict[str, Any] = {"calibration_samples": len(crops) * recipe.pipeline.num_inference_steps}
-    for name, crop in _held_out_crops(recipe, tile, pipe.vae_scale_factor).items():
-        context.report.step(done := done + 1, total, name)
-        evaluation.picture = name
-        metrics |= _run_held_out(pipe, recipe, name, crop, context.out, evaluation)
-    evaluation.close()
-    return metrics
+    def commit() -> None:
+        for one in _PURPOSES:
+            for writer in writers[one].values():
+                writer.commit()
+
+    steps = _Steps(context, len(plan_phases(pipe)) * len(low))
+    fp32 = run_phases(
+        pipe,
+        {sample: request(sample) for sample in low},
+        scratch=context.scratch / "loops",
+        progress=steps.next,
+        commit=commit,
+    )
+    for purpose in _PURPOSES:
+        for graph, writer in writers[purpose].items():
+            writer.publish(context.out / purpose / graph)
+    (context.out / "pictures").mkdir()
+    metrics: dict[str, Any] = {"calibration_samples": len(crops["calibration"]) * recipe.pipeline.num_inference_steps}
+    for name, original in held_out.items():
+        sample = f"evaluation.{name}"
+        metrics |= _judge(name, original, low[sample], fp32[sample], context.out / "pictures")
+    return metrics | record_sizes(pipe, recipe, {name: low[f"evaluation.{name}"] for name in held_out})
+
+
+def record_sizes(pipe: PASDPipeline, recipe: Recipe, low: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Sizes asked for and sizes that the networks see, and what to expect of them, for the report."""
+    section = recipe.pipeline
+    shapes = {
+        name: pipe.sampling_shape(
+            *picture.shape[1:],
+            upscale=section.upscale,
+            latent_tile=section.latent_tile,
+            latent_overlap=section.latent_overlap,
+        )
+        for name, picture in low.items()
+    }
+    warnings = {name: warning for name, shape in shapes.items() if (warning := pipe.size_warning(shape))}
+    return {
+        "sizes": {name: shape.as_record() for name, shape in shapes.items()},
+        "warnings": [f"{name}: {warning}" for name, warning in warnings.items()],
+    }
+
+
+class _Steps:
+    """Counts the parts of the stage's work."""
+
+    def __init__(self, context: StageContext, total: int) -> None:
+        self._context, self._total, self._done = context, total, 0
+
+    def next(self, note: str) -> None:
+        self._context.report.step(self._done, self._total, note)
+        self._done += 1
 
 
 class _Capture:
-    """Observer of the pipeline that keeps each graph's inputs; one tile per picture is enough to evaluate."""
+    """Observer of one sample that keeps each graph's inputs."""
 
-    def __init__(self, folder: Path, adapters: Mapping[str, ModelAdapter]) -> None:
-        self._adapters = adapters
-        self._writers = {graph: ActivationWriter(folder / graph) for graph in adapters}
-        self.picture = ""
+    def __init__(
+        self, adapters: Mapping[str, ModelAdapter], writers: Mapping[str, ActivationWriter], picture: str
+    ) -> None:
+        self._adapters, self._writers, self._picture = adapters, writers, picture
 
     def record(self, component: str, inputs: dict[str, Any], *, step: int, side: str, tile: int) -> None:
         if component in self._writers:
             packed = self._adapters[component].pack(inputs)
-            self._writers[component].add(packed, picture=self.picture, step=step, side=side, tile=tile)
-
-    def close(self) -> None:
-        for writer in self._writers.values():
-            writer.close()
+            self._writers[component].add(packed, picture=self._picture, step=step, side=side, tile=tile)
 
 
-def _run_held_out(
-    pipe: PASDPipeline, recipe: Recipe, name: str, original: Tensor, out: Path, capture: _Capture
-) -> dict[str, float]:
-    low = _low_resolution(original, recipe)
-    observer = capture if name.endswith("-tile") else None
-    fp32 = pipe(low, **sampling_arguments(recipe), observer=observer)
+def _judge(name: str, original: Tensor, low: Tensor, fp32: Tensor, folder: Path) -> dict[str, float]:
+    """Write the pictures of a held-out crop; measure those of more than one tile."""
     bicubic = enlarge(low)
     pictures = {"original": original, "low_resolution": low, "bicubic": bicubic, "fp32": fp32}
-    (out / "pictures").mkdir(exist_ok=True)
-    save_tensors(pictures, out / "pictures" / f"{name}.safetensors")
-    if observer is not None:
+    save_tensors(pictures, folder / f"{name}.safetensors")
+    if name.endswith(TILE):
         return {}
     return {
         f"{name}_{method}_{figure}": function(original, picture)
@@ -90,38 +132,3 @@ def _run_held_out(
 
 def _low_resolution(picture: Tensor, recipe: Recipe) -> Tensor:
     return degrade(picture, recipe.pipeline.seed)
-
-
-def _calibration_crops(recipe: Recipe, size: int) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(recipe.pipeline.seed)
-    crops = {}
-    for name in recipe.calibration.photographs:
-        picture = _photograph(name, size)
-        for index in range(recipe.calibration.crops_per_photograph):
-            top, left = (int(torch.randint(extent - size + 1, (), generator=generator)) for extent in picture.shape[1:])
-            crops[f"{Path(name).stem}-{index}"] = picture[:, top : top + size, left : left + size]
-    return crops
-
-
-def _held_out_crops(recipe: Recipe, tile: int, factor: int) -> dict[str, Tensor]:
-    """The middle of each photograph, some tiles large, and the first tile of that."""
-    size = _TILES_PER_SIDE * tile - (_TILES_PER_SIDE - 1) * recipe.pipeline.latent_overlap * factor
-    crops = {}
-    for name in recipe.calibration.held_out:
-        picture = _photograph(name, size)
-        top, left = ((extent - size) // 2 for extent in picture.shape[1:])
-        crop = picture[:, top : top + size, left : left + size]
-        stem = Path(name).stem
-        crops[stem] = crop
-        crops[f"{stem}-tile"] = crop[:, :tile, :tile]
-    return crops
-
-
-def _photograph(name: str, size: int) -> Tensor:
-    picture = read_image(photograph_file(name))
-    if min(picture.shape[1:]) < size:
-        raise UsageError(
-            f"photograph `{name}` is {picture.shape[2]}x{picture.shape[1]}, smaller than a crop of {size} pixels",
-            hint="choose a larger photograph, or a smaller pipeline.latent_tile",
-        )
-    return picture

@@ -4,7 +4,7 @@ Whatever is wrong with a file ends in a `CheckpointError` that names it; whateve
 """
 
 import pickle
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -17,6 +17,7 @@ from sdconvert.errors import CheckpointError, UsageError
 
 _PICKLES = (".bin", ".pt", ".pth")
 _SUFFIXES = (".safetensors", *_PICKLES)
+_MAPPED_BYTES = 16 << 20  # of a file that is read tensor by tensor
 
 
 def load_tensors(path: Path, *, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
@@ -42,6 +43,28 @@ def load_tensors(path: Path, *, dtype: torch.dtype | None = None) -> dict[str, T
     return {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
 
 
+def iterate_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
+    """Read the tensors of a weights file one after another, each into memory of its own.
+
+    Unlike `load_tensors`, a reader needs the memory of the tensors that it keeps, and little more: what is mapped of
+    the file counts as the process's memory until it is unmapped.
+
+    Raises:
+        CheckpointError: As `load_tensors`.
+    """
+    if path.suffix != ".safetensors":
+        yield from ((name, tensor.clone()) for name, tensor in load_tensors(path).items())
+        return
+    waiting = list(tensor_shapes(path))
+    while waiting:
+        mapped = 0
+        with safe_open(path, framework="pt") as file:
+            while waiting and mapped < _MAPPED_BYTES:
+                tensor = file.get_tensor(waiting[0]).clone()
+                mapped += tensor.nbytes
+                yield waiting.pop(0), tensor
+
+
 def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     """Read the shape of every tensor in a weights file without reading its data.
 
@@ -54,6 +77,22 @@ def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     try:
         with safe_open(path, framework="pt") as file:
             return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise _damaged(path, error) from error
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """Read the text that a safetensors file keeps in its header; other formats have none.
+
+    Raises:
+        CheckpointError: As `load_tensors`.
+    """
+    _require_weights_file(path)
+    if path.suffix != ".safetensors":
+        return {}
+    try:
+        with safe_open(path, framework="pt") as file:
+            return dict(file.metadata() or {})
     except SafetensorError as error:
         raise _damaged(path, error) from error
 

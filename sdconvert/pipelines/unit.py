@@ -7,7 +7,7 @@ the runner refuses everything else, because an undeclared read or write is an ed
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Protocol
 
 from sdconvert.errors import UnitError
@@ -34,6 +34,8 @@ class PipelineUnit(ABC):
         input_params_nega: `{argument: key}` read from the negative side.
         onload_model_names: Attributes of the pipeline that `process` calls, for `load_models_to_device`.
         seperate_cfg: DiffSynth-Studio's spelling of `separate_cfg`.
+        trigger_params: Keys that ask for an optional unit. While none of them has a value, the unit is skipped and
+            needs no model; as soon as one has, the unit's models must be there.
 
     Raises:
         UnitError: The declaration contradicts itself or the signature of `process`.
@@ -50,6 +52,7 @@ class PipelineUnit(ABC):
         onload_model_names: Sequence[str] = (),
         *,
         seperate_cfg: bool = False,
+        trigger_params: Sequence[str] = (),
     ) -> None:
         self.separate_cfg = separate_cfg or seperate_cfg
         self.take_over = take_over
@@ -58,6 +61,7 @@ class PipelineUnit(ABC):
         self.input_params_posi = dict(input_params_posi or {})
         self.input_params_nega = dict(input_params_nega or {})
         self.onload_model_names = tuple(onload_model_names)
+        self.trigger_params = tuple(trigger_params)
         self._check_declaration()
 
     @abstractmethod
@@ -68,6 +72,36 @@ class PipelineUnit(ABC):
     def name(self) -> str:
         """The class name, as messages show it."""
         return type(self).__name__
+
+    @property
+    def mode(self) -> str:
+        """`direct`, `separate CFG` or `take-over`."""
+        return "take-over" if self.take_over else "separate CFG" if self.separate_cfg else "direct"
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """Keys that the unit reads, of all three dictionaries."""
+        sides = (*self.input_params_posi.values(), *self.input_params_nega.values())
+        return tuple(dict.fromkeys((*self.input_params, *sides)))
+
+    @property
+    def writes(self) -> tuple[str, ...]:
+        """Keys that the unit writes, of all three dictionaries."""
+        return self.output_params
+
+    def is_triggered(self, given: Collection[str]) -> bool:
+        """Whether the unit has something to do when exactly the keys of `given` have a value."""
+        return not self.trigger_params or any(key in given for key in self.trigger_params)
+
+    def models_needed(self, given: Collection[str]) -> dict[str, str]:
+        """Models that the unit calls when exactly the keys of `given` have a value, each with the key that asks for it.
+
+        The key is empty for a model that is needed in any case.
+        """
+        if not self.is_triggered(given):
+            return {}
+        asking = next((key for key in self.trigger_params if key in given), "")
+        return dict.fromkeys(self.onload_model_names, asking)
 
     def _check_declaration(self) -> None:
         if self.take_over and self.separate_cfg:
@@ -81,6 +115,16 @@ class PipelineUnit(ABC):
             raise UnitError(
                 f"{self.name} maps {sorted(self.input_params_posi)} on the positive side "
                 f"but {sorted(self.input_params_nega)} on the negative one"
+            )
+        unread = {*self.trigger_params} - {
+            *self.input_params,
+            *self.input_params_posi.values(),
+            *self.input_params_nega.values(),
+        }
+        if unread:
+            raise UnitError(
+                f"{self.name} is triggered by {sorted(unread)}, which it does not read",
+                hint="name them in input_params too",
             )
         if not self.take_over:
             self._check_signature()
@@ -99,7 +143,7 @@ class HasUnits(Protocol):
 
     @property
     def all_units(self) -> Sequence[PipelineUnit]:
-        """Units before and after the sampling loop."""
+        """Units of the whole road, the sampling loop among them."""
 
 
 class PipelineUnitRunner:
@@ -120,6 +164,8 @@ class PipelineUnitRunner:
                 f"{', '.join(separate)} runs once per side of guidance, but the shared inputs hold no 'cfg_scale'",
                 hint="put cfg_scale into inputs_shared before the first unit (1.0: no guidance)",
             )
+        if not unit.is_triggered(given_keys(inputs_shared, inputs_posi, inputs_nega)):
+            return inputs_shared, inputs_posi, inputs_nega
         if unit.take_over:
             inputs = _take_over(unit, pipe, inputs_shared, inputs_posi, inputs_nega)
         elif unit.separate_cfg:
@@ -129,6 +175,11 @@ class PipelineUnitRunner:
             inputs = {**inputs_shared, **outputs}, inputs_posi, inputs_nega
         _check_exclusive(pipe, *inputs)
         return inputs
+
+
+def given_keys(*inputs: Inputs) -> set[str]:
+    """Keys that have a value in one of the dictionaries; None is no value."""
+    return {key for part in inputs for key, value in part.items() if value is not None}
 
 
 def _separate(

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from sdconvert.calibration import store
 from sdconvert.calibration.store import ActivationStore, ActivationWriter
-from sdconvert.errors import CheckpointError, PreconditionError, UsageError
+from sdconvert.errors import PreconditionError, UsageError
 
 
 @contextmanager
@@ -36,7 +36,7 @@ shapes = st.lists(st.integers(1, 5), min_size=1, max_size=3)
 
 
 @given(
-    st.lists(keys, min_size=1, max_size=9, unique_by=lambda key: tuple(key.values())),
+    st.lists(keys, min_size=1, max_size=9, unique_by=lambda key: tuple(sorted(key.items()))),
     st.dictionaries(st.sampled_from(["sample", "t_emb", "mid_block_additional_residual"]), shapes, min_size=1),
     st.integers(1, 2000),
     st.integers(0, 2**31),
@@ -93,18 +93,92 @@ def test_a_store_without_an_index_is_none(tmp_path: Path) -> None:
     assert len(ActivationStore(tmp_path / "unet")) == 1
 
 
-def test_a_lost_shard_is_named(tmp_path: Path) -> None:
-    writer = ActivationWriter(tmp_path / "unet")
-    writer.add({"sample": torch.zeros(1)}, picture="a", step=0, side="positive", tile=0)
-    writer.close()
-    (tmp_path / "unet" / "inputs-00000.safetensors").unlink()
-    with pytest.raises(CheckpointError, match=r"inputs-00000\.safetensors` does not exist"):
-        list(ActivationStore(tmp_path / "unet"))
+@pytest.fixture
+def run_folder(tmp_path: Path) -> Path:
+    """A finished store in a run folder, three samples in a shard each."""
+    folder = tmp_path / "build" / "tiny" / "20-calibration" / "calibration" / "unet"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(store, "_SHARD_BYTES", 1)
+        writer = ActivationWriter(folder)
+        for step in range(3):
+            inputs = {"sample": torch.full((4,), float(step))}
+            writer.add(inputs, picture="cat", step=step, side="positive", tile=0)
+        writer.close()
+    (folder.parents[2] / "recipe.resolved.yaml").write_text("name: tiny\n")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("damage", "what"),
+    [
+        (lambda path: path.write_bytes(path.read_bytes()[:-1]), r"has \d+ bytes, \d+ were written"),
+        (lambda path: path.unlink(), "is missing"),
+    ],
+)
+def test_d9_a_truncated_or_lost_shard_is_found_on_open_with_the_command_to_redo_it(
+    run_folder: Path, damage: Any, what: str
+) -> None:
+    damage(run_folder / "inputs-00001.safetensors")
+    recipe = run_folder.parents[2] / "recipe.resolved.yaml"
+    command = f"sdconvert convert {recipe} --build {recipe.parents[1]} --from calibration --fresh"
+    with pytest.raises(PreconditionError, match=rf"inputs-00001\.safetensors` {what}") as caught:
+        ActivationStore(run_folder)
+    assert caught.value.hint == f"redo it: `{command}`"
+
+
+def test_d9_a_changed_byte_is_found_when_its_shard_is_read(run_folder: Path) -> None:
+    path = run_folder / "inputs-00001.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    opened = ActivationStore(run_folder)
+    assert opened.sample("cat", 0, "positive")
+    with pytest.raises(PreconditionError, match="does not have the content that was written"):
+        opened.sample("cat", 1, "positive")
+    with pytest.raises(PreconditionError, match="content"):
+        list(opened)
+
+
+def test_d9_a_sample_is_found_by_picture_step_and_side(run_folder: Path) -> None:
+    opened = ActivationStore(run_folder)
+    assert torch.equal(opened.sample("cat", 2, "positive")["sample"], torch.full((4,), 2.0))
+    with pytest.raises(UsageError, match=r"no sample `cat-3-positive-0`.*\n.*cat-2-positive-0"):
+        opened.sample("cat", 3, "positive")
+    with pytest.raises(UsageError, match=r"no sample `dog-0-positive-0`.*\n.*pictures are cat"):
+        opened.sample("dog", 0, "positive")
+
+
+def test_d9_a_writer_goes_on_behind_the_last_committed_picture(tmp_path: Path) -> None:
+    def add(writer: ActivationWriter, picture: str, value: float) -> None:
+        for step in range(2):
+            inputs = {"x": torch.full((3,), value + step)}
+            writer.add(inputs, picture=picture, step=step, side="positive", tile=0)
+
+    whole = ActivationWriter(tmp_path / "whole")
+    for value, picture in enumerate("abc"):
+        add(whole, picture, value)
+        whole.commit()
+    whole.close()
+
+    first = ActivationWriter(tmp_path / "parts", resume=True)
+    add(first, "a", 0)
+    first.commit()
+    add(first, "b", 1)  # and then the process dies
+    (tmp_path / "parts" / "inputs-00001.safetensors").write_bytes(b"half a shard")
+    second = ActivationWriter(tmp_path / "parts", resume=True)
+    for value, picture in enumerate("abc"):
+        add(second, picture, value)
+        second.commit()
+    second.publish(tmp_path / "published")
+    second.close()
+    files = {path.name: path.read_bytes() for path in (tmp_path / "whole").iterdir()}
+    for folder in ("parts", "published"):
+        assert {path.name: path.read_bytes() for path in (tmp_path / folder).iterdir()} == files
 
 
 def test_no_folder_is_written_into_twice(tmp_path: Path) -> None:
     ActivationWriter(tmp_path / "unet").close()
-    with pytest.raises(FileExistsError):
+    with pytest.raises(UsageError, match="exists already"):
         ActivationWriter(tmp_path / "unet")
 
 

@@ -16,8 +16,8 @@ from sdconvert.pipelines.pasd_units import (
     ImagePreprocessor,
     ShapeChecker,
     add_noise,
-    sampling_shape,
 )
+from sdconvert.pipelines.shape import sampling_shape
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,12 @@
-"""The runner's three modes, and that it refuses what a unit did not declare (D1 to D4 of the pipelines' checks)."""
+"""The runner's three modes, and that it refuses what a unit did not declare (D1 to D5 of the pipelines' checks)."""
 
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from sdconvert.errors import UnitError
+from sdconvert.errors import MissingModelError, UnitError
+from sdconvert.pipelines.base import BasePipeline
 from sdconvert.pipelines.unit import PipelineUnit, PipelineUnitRunner
 
 run = PipelineUnitRunner()
@@ -199,3 +200,73 @@ def test_a_declaration_that_contradicts_itself_is_refused(declaration: dict[str,
 
     with pytest.raises(UnitError, match=message):
         Unit(**declaration)
+
+
+class Optional(PipelineUnit):
+    """Works only when it is asked to."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(
+            input_params=("size", "control"),
+            output_params=("features",),
+            onload_model_names=("adapter",),
+            trigger_params=("control",),
+            **options,
+        )
+
+    def process(self, pipe: Any, size: int, control: Any) -> dict[str, Any]:
+        return {"features": (size, control)}
+
+
+@pytest.mark.parametrize("shared", [{}, {"control": None}, {"size": 2, "control": None}])
+def test_d5_a_unit_is_skipped_while_its_trigger_has_no_value(shared: dict[str, Any]) -> None:
+    unit = Optional()
+    assert run(unit, pipe_of(unit), shared, {}, {}) == (shared, {}, {})
+    assert unit.models_needed(shared.keys() - {"control"}) == {}
+
+
+def test_d5_a_trigger_asks_for_the_unit_its_inputs_and_its_models() -> None:
+    unit = Optional()
+    shared, *_ = run(unit, pipe_of(unit), {"size": 2, "control": 0}, {}, {})
+    assert shared["features"] == (2, 0)
+    assert unit.models_needed({"control"}) == {"adapter": "control"}
+    with pytest.raises(UnitError, match="Optional needs 'size'"):
+        run(unit, pipe_of(unit), {"control": 1}, {}, {})
+
+
+def test_d5_a_trigger_that_an_earlier_unit_writes_counts_before_the_run() -> None:
+    class Makes(PipelineUnit):
+        def __init__(self) -> None:
+            super().__init__(input_params=("image",), output_params=("control",), trigger_params=("image",))
+
+        def process(self, pipe: Any, image: Any) -> dict[str, Any]:
+            return {"control": image}
+
+    pipe: Any = BasePipeline()
+    pipe.units, pipe.model_fn, pipe.adapter = (Makes(), Optional()), lambda latents: latents, None
+    pipe.require_models_of_run({"image": None})
+    with pytest.raises(MissingModelError, match="needs 'adapter', which is not loaded for the given control"):
+        pipe.require_models_of_run({"image": 1})
+
+
+def test_a_trigger_that_the_unit_does_not_read_is_refused() -> None:
+    class Unit(PipelineUnit):
+        def process(self, pipe: Any) -> dict[str, Any]:
+            return {}
+
+    with pytest.raises(UnitError, match=r"triggered by \['control'\], which it does not read"):
+        Unit(trigger_params=("control",))
+
+
+def test_a_pipeline_that_does_not_say_what_it_takes_is_refused() -> None:
+    with pytest.raises(UnitError, match="BasePipeline does not say what it takes"):
+        BasePipeline()("a cat")
+
+
+@pytest.mark.parametrize("key", ["latents", "scheduler", "cfg_scale"])
+def test_the_loop_says_what_it_lacks(key: str) -> None:
+    pipe: Any = BasePipeline()
+    pipe.model_fn = lambda latents: latents
+    shared = {"latents": 0, "scheduler": 0, "cfg_scale": 1.0, key: None}
+    with pytest.raises(UnitError, match=f"DenoisingLoop needs '{key}'"):
+        pipe.run_units(pipe.all_units, shared, {}, {})

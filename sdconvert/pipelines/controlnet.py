@@ -1,0 +1,64 @@
+"""Stable Diffusion under a ControlNet: as `stable_diffusion.py`, with a control image that every run needs."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sdconvert.pipelines.latent_units import check_image
+from sdconvert.pipelines.stable_diffusion import StableDiffusionPipeline
+from sdconvert.pipelines.unit import Inputs
+
+
+class StableDiffusionControlNetPipeline(StableDiffusionPipeline):
+    """Makes a picture from text and a control image.
+
+    Args:
+        unet: UNet.
+        controlnet: ControlNet.
+        vae: Autoencoder; its decoder becomes `vae_decoder`.
+        text_encoder: CLIP text encoder; None where embeddings are given to every run.
+        tokenizer: Its tokenizer.
+        scheduler: Sampler; every run works on a copy.
+        device: Where models run.
+        torch_dtype: Type of the intermediate tensors.
+    """
+
+    def __init__(
+        self,
+        *,
+        unet: Any,
+        controlnet: Any,
+        vae: Any,
+        text_encoder: Any,
+        tokenizer: Any,
+        scheduler: Any,
+        device: str | torch.device = "cpu",
+        torch_dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__(
+            unet=unet,
+            vae=vae,
+            text_encoder=text_encoder,
+            tokenizer=tokenizer,
+            scheduler=scheduler,
+            controlnet=controlnet,
+            device=device,
+            torch_dtype=torch_dtype,
+        )
+
+    def inputs(
+        self, prompt: str | None = None, *, control_image: Tensor | None = None, **arguments: Any
+    ) -> tuple[Inputs, Inputs, Inputs]:
+        """Inputs of a run.
+
+        Args:
+            prompt: What the picture shows.
+            control_image: Picture (3, height, width) in [0, 1]; required, and its size is the result's.
+            **arguments: As `StableDiffusionPipeline.inputs` takes them.
+
+        Raises:
+            UsageError: No control image, or as `StableDiffusionPipeline.inputs`.
+        """
+        check_image(control_image, "control image")
+        return super().inputs(prompt, control_image=control_image, **arguments)
