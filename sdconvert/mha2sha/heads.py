@@ -88,10 +88,11 @@ def attention_paths(keys: Iterable[str]) -> list[str]:
 
 
 def heads_from_config(config: Mapping[str, Any], layers: Iterable[str]) -> dict[str, int]:
-    """Head count of every layer of a diffusers UNet or ControlNet.
+    """Head count of every layer of a diffusers UNet, ControlNet or transformer.
 
     `attention_head_dim` is the number of heads there (a misnomer that diffusers keeps for old checkpoints), one for
-    the model or one per block; up blocks take the list backwards, the mid block its last.
+    the model or one per block; up blocks take the list backwards, the mid block its last. Transformers have no such
+    blocks, and one true `num_attention_heads`.
 
     Raises:
         UsageError: The config names no heads.
@@ -99,6 +100,8 @@ def heads_from_config(config: Mapping[str, Any], layers: Iterable[str]) -> dict[
     """
     counts = config.get("num_attention_heads") or config.get("attention_head_dim")
     blocks = len(config.get("down_block_types", ()))
+    if not blocks and "num_layers" in config and isinstance(heads := config.get("num_attention_heads"), int):
+        return dict.fromkeys(layers, heads)
     if counts is None or not blocks:
         raise UsageError(
             f"config.json of a {config.get('_class_name', 'model')} names no heads per block",

@@ -1,18 +1,19 @@
 """AIMET's quantizers on the traced graph. The only file of this package that imports AIMET."""
 
+import copy
 import math
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from typing import Any
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from aimet_torch.quantization.affine import QuantizeDequantize
 from torch import Tensor, nn
-from torch.fx import GraphModule, Interpreter, Node
+from torch.fx import GraphModule, Node
 
-from sdconvert.errors import EncodingsError, UnsupportedModelError
+from sdconvert.errors import EncodingsError, UnsupportedModelError, UsageError
 from sdconvert.io.encodings import Encoding
 from sdconvert.quantize import graph
+from sdconvert.quantize.observer import ObserverBlock
 from sdconvert.quantize.settings import Grid, QuantizerSettings
 
 _PREFIX = "quantizer_"
@@ -71,26 +72,66 @@ def calibrate(
 ) -> None:
     """Take the range of every quantizer from the data, then set the ranges that the op itself fixes.
 
+    Activations are observed in the graph with quantized weights, unquantized themselves: so a range depends on each
+    sample alone, and extremes of parts of the data are the extremes of the whole.
+
     Args:
         graph_module: With the quantizers inserted.
         quantizers: Of the graph.
         batches: Inputs of the graph, by position.
         margin: Part by which 16-bit activation ranges are widened beyond the data.
+
+    Raises:
+        UsageError: A tensor takes values that are not finite.
     """
-    with torch.no_grad(), ExitStack() as stack:
+    with torch.no_grad():
         for name, quantizer in quantizers.parameters.items():
-            with quantizer.compute_encodings():
-                quantizer(graph_module.get_parameter(quantizers.sources[name]))
-        for quantizer in quantizers.activations.values():
-            stack.enter_context(quantizer.compute_encodings())
-        for batch in batches:
-            graph_module(*batch)
-    for quantizer in quantizers.activations.values():
-        if quantizer.bitwidth == _FINE_BITWIDTH:
-            low, high = quantizer.get_min().detach(), quantizer.get_max().detach()
-            quantizer.set_range(low * (1 + margin), high * (1 + margin))
+            _calibrate_one(quantizer, graph_module.get_parameter(quantizers.sources[name]))
+        for key, extremes in _observe(graph_module, quantizers, batches).items():
+            quantizer = quantizers.activations[key]
+            _calibrate_one(quantizer, extremes)
+            if quantizer.bitwidth == _FINE_BITWIDTH:
+                quantizer.set_range(*(bound * (1 + margin) for bound in (quantizer.get_min(), quantizer.get_max())))
     for key, (lowest, highest) in quantizers.fixed_ranges.items():
         quantizers.activations[key].set_range(torch.tensor(lowest), torch.tensor(highest))
+
+
+def _observe(
+    graph_module: GraphModule, quantizers: QuantizerSet, batches: Iterator[tuple[Tensor, ...]]
+) -> dict[str, Tensor]:
+    floating = without_quantizers(graph_module, quantizers.activations)
+    names = child_names(graph_module, quantizers.activations)
+    observers = {key: ObserverBlock("range", floating.get_submodule(name)) for key, name in names.items()}
+    for batch in batches:
+        floating(*batch)
+    found = {key: observer.extremes for key, observer in observers.items() if observer.extremes is not None}
+    if broken := [key for key, extremes in found.items() if not extremes.isfinite().all()]:
+        raise UsageError(
+            f"{len(broken)} tensors take values that are not finite, the first in execution order is `{broken[0]}`",
+            hint="check the model and the calibration data in fp32: no range holds infinity or NaN",
+        )
+    return found
+
+
+def _calibrate_one(quantizer: QuantizeDequantize, data: Tensor) -> None:
+    """Have AIMET make a grid of data; of a tensor's extremes it makes the same grid as of the whole tensor."""
+    with quantizer.compute_encodings():
+        quantizer(data)
+
+
+def child_names(graph_module: GraphModule, quantizers: Mapping[str, QuantizeDequantize]) -> dict[str, str]:
+    """Name of each quantizer among the graph's children, by key in execution order."""
+    keys = {id(quantizer): key for key, quantizer in quantizers.items()}
+    calls = [str(node.target) for node in graph_module.graph.nodes if node.op == "call_module"]
+    return {keys[child]: name for name in calls if (child := id(graph_module.get_submodule(name))) in keys}
+
+
+def without_quantizers(graph_module: GraphModule, quantizers: Mapping[str, QuantizeDequantize]) -> GraphModule:
+    """A second module of the same graph and weights, with an `Identity` in place of each given quantizer."""
+    floating = GraphModule(graph_module, copy.deepcopy(graph_module.graph))
+    for name in child_names(graph_module, quantizers).values():
+        setattr(floating, name, nn.Identity())
+    return floating
 
 
 def read(quantizers: dict[str, QuantizeDequantize]) -> dict[str, list[Encoding]]:
@@ -154,24 +195,6 @@ def without_operand_quantizers(graph_module: GraphModule, quantizers: QuantizerS
     finally:
         for name, module in taken.items():
             setattr(graph_module, name, module)
-
-
-class Recorder(Interpreter):
-    """Runs the graph, with or without its quantizers, and keeps each stored tensor by key."""
-
-    def __init__(self, graph_module: GraphModule, quantizers: QuantizerSet, *, quantized: bool) -> None:
-        super().__init__(graph_module)
-        names = {id(module): name for name, module in graph_module.named_children()}
-        self._keys = {names[id(quantizer)]: key for key, quantizer in quantizers.activations.items()}
-        self._quantized = quantized
-        self.tensors: dict[str, Tensor] = {}
-
-    def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
-        """Run or skip a quantizer and note what leaves it."""
-        result = super().call_module(target, args, kwargs) if self._quantized else args[0]
-        if target in self._keys:
-            self.tensors[self._keys[target]] = result.as_subclass(Tensor)
-        return result
 
 
 def _insert(graph_module: GraphModule, node: Node, grid: Grid, only: Node | None = None) -> QuantizeDequantize:

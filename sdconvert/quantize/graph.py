@@ -14,6 +14,7 @@ from torch.fx import GraphModule, Node
 
 from sdconvert.adapters import ModelAdapter, Tensors
 from sdconvert.errors import UnsupportedModelError
+from sdconvert.plugins import require_fused
 
 aten = torch.ops.aten
 
@@ -34,6 +35,7 @@ VALUE_OPS: dict[Any, str] = {
     aten.group_norm.default: "group_norm",
     aten.layer_norm.default: "layer_norm",
     aten.cat.default: "cat",
+    aten.concat.default: "cat",
     aten.upsample_nearest2d.vec: "upsample_nearest2d",
 }
 # Ops that only move values: what leaves them has the range and grid of what entered.
@@ -91,8 +93,10 @@ def trace(adapter: ModelAdapter, inputs: Tensors) -> GraphModule:
         inputs: One set of graph inputs; their shapes become the graph's.
 
     Raises:
+        PluginError: The model has plugins whose effect is not in its weights yet; the files would lack it.
         UnsupportedModelError: The graph has ops that no rule covers; all of them are named.
     """
+    require_fused(adapter.model)
     with adapter.as_graph() as module:
         exported = torch.export.export(module, tuple(inputs.values()), strict=False)
     graph_module = exported.module(check_guards=False)

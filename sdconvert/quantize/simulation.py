@@ -15,9 +15,9 @@ from torch.fx import GraphModule
 from sdconvert.adapters import ModelAdapter, Tensors
 from sdconvert.errors import PreconditionError
 from sdconvert.io.encodings import Encoding
-from sdconvert.metrics import sqnr_db
 from sdconvert.quantize import aimet, graph
 from sdconvert.quantize.settings import QuantizerSettings
+from sdconvert.quantize.sqnr import layer_sqnr_db
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,6 @@ class Simulation:
         # AIMET returns a tensor class of its own, which carries a copy of the grid along.
         return {name: tensor.as_subclass(Tensor) for name, tensor in zip(self.output_names, outputs, strict=True)}
 
-    @torch.no_grad()
     def layer_sqnr_db(self, inputs: Tensors) -> dict[str, float]:
         """SQNR in dB of every stored tensor, by key in execution order: quantized graph against the same in fp32.
 
@@ -104,13 +103,10 @@ class Simulation:
             PreconditionError: There are no ranges yet.
         """
         self._require_ranges()
-        runs = []
-        for quantized in (False, True):
-            recorder = aimet.Recorder(self.graph_module, self.quantizers, quantized=quantized)
-            recorder.run(*(inputs[name] for name in self.input_names))
-            runs.append(recorder.tensors)
-        reference, simulated = runs
-        return {key: sqnr_db(reference[key], simulated[key]) for key in reference}
+        every = self.quantizers.activations | self.quantizers.parameters
+        floating = aimet.without_quantizers(self.graph_module, every)
+        names = aimet.child_names(self.graph_module, self.quantizers.activations)
+        return layer_sqnr_db(floating, self.graph_module, names, [inputs[name] for name in self.input_names])
 
     def operand_encodings(self) -> list[Encoding]:
         """Encodings of the second operands of MatMul, in execution order."""

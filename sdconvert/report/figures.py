@@ -76,7 +76,7 @@ def worst_layers(layers: Mapping[str, float], count: int) -> list[tuple[int, str
 def _manifest(run: RunFolder, stage: str) -> Manifest:
     manifest = run.manifest(stage)
     if manifest is None:
-        raise PreconditionError(f"`{run.stage_folder(stage)}` is not finished", hint="run the stages before the report")
+        raise PreconditionError(f"`{run.stage_folder(stage)}` is not finished", hint="run `sdconvert report`")
     return manifest
 
 

@@ -41,7 +41,7 @@ def collect_pictures(run: RunFolder) -> dict[str, dict[str, Tensor]]:
     folder = run.stage_folder("20-calibration")
     crops = CalibrationArtifact(folder).pictures()
     if not crops:
-        raise PreconditionError(f"`{folder}` holds no pictures", hint="run the calibration stage first")
+        raise PreconditionError(f"`{folder}` holds no pictures", hint="make them with `sdconvert calibrate`")
     quantized = QuantizeArtifact(run.stage_folder("30-quantize")).pictures()
     simulated = QnnArtifact(run.stage_folder("60-qnn")).pictures()
     found: dict[str, dict[str, Tensor]] = {}

@@ -3,10 +3,13 @@
 from typing import Any
 
 import pytest
+import torch
+from diffusers.models.transformers.pixart_transformer_2d import PixArtTransformer2DModel
 from hypothesis import given
 from hypothesis import strategies as st
 from static_graphs import SMALL_UNET, golden_case, small_case, vae_case
 
+from sdconvert.adapters import adapter_for
 from sdconvert.errors import CheckpointError, UsageError
 from sdconvert.mha2sha.heads import HeadSplit, attention_paths, head_splits, heads_from_config
 
@@ -114,3 +117,14 @@ def test_a_decoder_s_attention_is_in_no_block() -> None:
     adapter = vae_case().adapter
     with pytest.raises(CheckpointError, match="is in no block of the config"):
         heads_from_config(adapter.config() | {"attention_head_dim": 1}, attention_paths(adapter.model.state_dict()))
+
+
+def test_a_transformer_has_one_count_for_all_layers() -> None:
+    torch.manual_seed(0)
+    model: Any = PixArtTransformer2DModel(
+        num_attention_heads=3, attention_head_dim=4, num_layers=2, cross_attention_dim=12, sample_size=8
+    )
+    adapter = adapter_for(model)
+    expected = {layer.path: layer.heads for layer in adapter.attention_layers()}
+    assert heads_from_config(adapter.config(), attention_paths(model.state_dict())) == expected
+    assert set(expected.values()) == {3}

@@ -91,6 +91,15 @@ def test_figures_are_those_of_the_stages(report: Report, finished: RunFolder) ->
     assert report.metrics == {"report": "80-report/report.html", "note": "3 of 3 gates passed"}
 
 
+def test_d12_sizes_and_warnings_of_the_calibration_stand_in_the_page(report: Report) -> None:
+    metrics = report.artifact.figures()["metrics"]["20-calibration"]
+    assert metrics["sizes"]["china"] == {"requested_px": [15, 24], "processed_px": [16, 24], "tiles": 2}
+    html = report.artifact.html.read_text(encoding="utf-8")
+    assert "china: a short side of 15 pixels gives poor results with this model" in html
+    for key in ("requested_px", "processed_px"):
+        assert key in html
+
+
 def test_captions_are_measured_on_the_pictures(report: Report, finished: RunFolder) -> None:
     crop = CalibrationArtifact(finished.stage_folder("20-calibration")).pictures()["china-tile"]
     drawn = QnnArtifact(finished.stage_folder("60-qnn")).pictures()["china-tile"]

@@ -129,7 +129,14 @@ def _manifests() -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
     exported = {f"{graph}_onnx_vs_{what}_db": 71.25 for graph in GRAPHS for what in ("simulation", "fp32")}
     return {
         "10-checkpoint": (parts("checkpoint"), {"unet_parameters": 2768200}),
-        "20-calibration": (parts("pipeline", "calibration"), {"odd": {"nested": [1.25, "<b>text</b>", None]}}),
+        "20-calibration": (
+            parts("pipeline", "calibration"),
+            {
+                "odd": {"nested": [1.25, "<b>text</b>", None]},
+                "sizes": {"china": {"requested_px": [15, 24], "processed_px": [16, 24], "tiles": 2}},
+                "warnings": ["china: a short side of 15 pixels gives poor results with this model"],
+            },
+        ),
         "30-quantize": (parts("quantize"), {**simulation, "missed_gates": []}),
         "40-mha2sha": (parts("mha2sha"), {"unet_quantized_sha_vs_mha_db": float("inf")}),
         "50-export": (parts("export"), exported),
