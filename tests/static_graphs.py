@@ -1,6 +1,6 @@
 """Static graphs that several folders of tests share: the reference PASD, a smaller one, and single modules."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -11,6 +11,7 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from torch import Tensor, nn
 
 from sdconvert.adapters import ModelAdapter, Tensors, adapter_for
+from sdconvert.adapters.spec import GraphSize, IOSpec
 from sdconvert.io.tensors import load_tensors
 from sdconvert.models.pasd import build_pasd, load_pasd
 from sdconvert.quantize.settings import load_settings
@@ -109,6 +110,12 @@ class ModuleAdapter(ModelAdapter):
 
     def output_names(self, count: int) -> tuple[str, ...]:
         return ("y",)
+
+    def io_spec(self, size: GraphSize | None = None) -> IOSpec:
+        raise AssertionError("a bare module has no config that its inputs could follow from")
+
+    def block_paths(self) -> Sequence[str]:
+        return ("",)
 
 
 def module_case(module: nn.Module, *shape: int) -> Case:

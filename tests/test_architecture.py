@@ -62,6 +62,8 @@ def private_packages(name: str, tree: ast.Module) -> Iterator[str]:
         "onnxruntime_qnn": ("sdconvert/qnn/",),
         "xfuser": ("sdconvert/parallel/xfuser_engine.py",),
         "safetensors": ("sdconvert/io/tensors.py",),
+        "hydra": ("sdconvert/plugins/build.py",),
+        "omegaconf": ("sdconvert/plugins/build.py", "sdconvert/plugins/configuration.py"),
         "typer": ("sdconvert/cli/", "scripts/make_docs.py"),
     }
     for module, _ in imports(tree):

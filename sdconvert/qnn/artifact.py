@@ -47,7 +47,7 @@ class QnnArtifact:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         if not (folder / _FILE).is_file():
-            raise PreconditionError(f"`{folder}` holds no compiled contexts", hint="run the qnn stage first")
+            raise PreconditionError(f"`{folder}` holds no compiled contexts", hint="make them with `sdconvert compile`")
 
     @classmethod
     def write(cls, folder: Path, contexts: Iterable[Context], figures: Mapping[str, Any]) -> "QnnArtifact":
