@@ -103,13 +103,6 @@ def test_text_has_an_effect(pipeline: PASDPipeline) -> None:
 
 
 @pytest.mark.parametrize("name", HELD_OUT)
-def test_crop_of_a_held_out_photograph_gains_over_bicubic(pipeline: PASDPipeline, name: str) -> None:
-    full = crop_to_multiple(read_image(photograph_path(name)), 16)[:, 64:256, 128:320]
-    assert_gain(pipeline, full, PROMPTS[name] + ADDED_PROMPT)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", HELD_OUT)
 def test_held_out_photograph_gains_over_bicubic(pipeline: PASDPipeline, name: str) -> None:
     full = crop_to_multiple(read_image(photograph_path(name)), 16)
     assert_gain(pipeline, full, PROMPTS[name] + ADDED_PROMPT)
