@@ -10,7 +10,8 @@ from sdconvert.errors import CheckpointError, UsageError
 from sdconvert.io.encodings import read_encodings, write_encodings, write_params
 from sdconvert.io.tensors import load_tensors, save_tensors
 from sdconvert.mha2sha.encodings import split_activations, split_parameters
-from sdconvert.mha2sha.heads import HeadSplit, attention_paths, head_splits, heads_from_config
+from sdconvert.mha2sha.heads import attention_paths, head_splits, heads_from_config
+from sdconvert.mha2sha.row_split import RowSplit
 from sdconvert.mha2sha.state_dict import split_state_dict
 
 _STEM = "state_dict_mha"
@@ -64,7 +65,7 @@ def convert_folder(source: Path, out: Path, num_heads: int | None = None, format
         if (config := source / "config.json").is_file():
             (partial / config.name).write_bytes(config.read_bytes())
         files = tuple(sorted(path.name for path in partial.iterdir()))
-    layers = {split.layer: split.heads for split in splits}
+    layers = {split.layer: len(split.parts) for split in splits}
     return Mha2ShaSummary(source, out, len(layers), sum(layers.values()), len(state_dict), len(converted), files)
 
 
@@ -103,7 +104,7 @@ def _heads(source: Path, keys: list[str], num_heads: int | None) -> dict[str, in
     return heads_from_config(content, layers)
 
 
-def _convert_encodings(source: Path, out: Path, splits: list[HeadSplit], keys: list[str]) -> None:
+def _convert_encodings(source: Path, out: Path, splits: list[RowSplit], keys: list[str]) -> None:
     params = source / _PARAMS
     if params.is_file():
         sections = read_encodings(params)

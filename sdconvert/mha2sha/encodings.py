@@ -12,12 +12,13 @@ from typing import Any
 
 from sdconvert.errors import EncodingsError
 from sdconvert.io.encodings import Encoding, ParamEncodings
-from sdconvert.mha2sha.heads import PROJECTIONS, HeadSplit
+from sdconvert.mha2sha.heads import PROJECTIONS
+from sdconvert.mha2sha.row_split import RowSplit
 
 _MHA_POSITIONS = {"matmul.0", "matmul.0.second", "mul.0", "softmax.0", "matmul.1", "matmul.1.second"}
 
 
-def split_parameters(params: ParamEncodings, splits: Sequence[HeadSplit], keys: Sequence[str]) -> ParamEncodings:
+def split_parameters(params: ParamEncodings, splits: Sequence[RowSplit], keys: Sequence[str]) -> ParamEncodings:
     """Replace each parent's encodings by its heads'.
 
     A list of one entry (per tensor) goes to every head; one of as many entries as rows (per channel) is sliced.
@@ -43,19 +44,18 @@ def split_parameters(params: ParamEncodings, splits: Sequence[HeadSplit], keys: 
         if split is None:
             result[key] = entries
         elif len(entries) == 1:
-            result |= {name: entries for name, _ in split.parts()}
-        elif len(entries) == split.heads * split.rows:
-            result |= {name: entries[rows] for name, rows in split.parts()}
+            result |= {part.name: entries for part in split}
+        elif len(entries) == split.rows:
+            result |= {part.name: entries[part.rows] for part in split}
         else:
-            rows = split.heads * split.rows
             raise EncodingsError(
-                f"`{key}` has {len(entries)} encodings: neither 1 (per tensor) nor {rows} (per row)",
+                f"`{key}` has {len(entries)} encodings: neither 1 (per tensor) nor {split.rows} (per row)",
                 hint="block-wise encodings are not split yet; quantize per tensor or per channel",
             )
     return result
 
 
-def split_activations(sections: Mapping[str, Any], splits: Sequence[HeadSplit]) -> dict[str, Any]:
+def split_activations(sections: Mapping[str, Any], splits: Sequence[RowSplit]) -> dict[str, Any]:
     """Give every head the ranges of its parent's tensors.
 
     Args:
@@ -65,7 +65,7 @@ def split_activations(sections: Mapping[str, Any], splits: Sequence[HeadSplit]) 
     Raises:
         EncodingsError: An attention layer's forward has other tensors than plain attention.
     """
-    heads = {split.layer: split.heads for split in splits}
+    heads = {split.layer: len(split.parts) for split in splits}
     activations: dict[str, Any] = {}
     for path, places in sections["activation_encodings"].items():
         layer, _, name = path.rpartition(".")

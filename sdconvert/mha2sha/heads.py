@@ -1,48 +1,19 @@
-"""The one rename map: which rows of which parameter become which head's.
-
-to_q.weight (heads * d, C)  ->  to_q_convs.0.weight (d, C, 1, 1)   rows 0 … d
-to_q_convs.1.weight (d, C, 1, 1)   rows d … 2d  …
-"""
+"""How many heads each attention layer has, and so how its projections are cut."""
 
 import difflib
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from sdconvert.errors import CheckpointError, UsageError
+from sdconvert.mha2sha.row_split import RowSplit, even_split
 
 PROJECTIONS = ("to_q", "to_k", "to_v")
 _PARAMETER = re.compile(rf"^(?P<layer>.+)\.(?P<projection>{'|'.join(PROJECTIONS)})\.(?P<kind>weight|bias)$")
 _HEAD = re.compile(rf"\.(?:{'|'.join(PROJECTIONS)})_convs\.\d+\.(?:weight|bias)$")
 
 
-@dataclass(frozen=True)
-class HeadSplit:
-    """How one parameter of one attention layer is cut: head i takes rows i * rows to (i + 1) * rows."""
-
-    layer: str
-    projection: str
-    kind: str
-    heads: int
-    rows: int
-
-    @property
-    def parent(self) -> str:
-        """Key of the whole parameter."""
-        return f"{self.layer}.{self.projection}.{self.kind}"
-
-    def child(self, head: int) -> str:
-        """Key of one head's part."""
-        return f"{self.layer}.{self.projection}_convs.{head}.{self.kind}"
-
-    def parts(self) -> Iterator[tuple[str, slice]]:
-        """Key and rows of every head."""
-        for head in range(self.heads):
-            yield self.child(head), slice(head * self.rows, (head + 1) * self.rows)
-
-
-def head_splits(shapes: Mapping[str, tuple[int, ...]], heads: Mapping[str, int]) -> list[HeadSplit]:
+def head_splits(shapes: Mapping[str, tuple[int, ...]], heads: Mapping[str, int]) -> list[RowSplit]:
     """Plan the cuts of a state dict.
 
     Args:
@@ -72,7 +43,9 @@ def head_splits(shapes: Mapping[str, tuple[int, ...]], heads: Mapping[str, int])
                 f"`{key}` has {shape[0]} rows, which {count} heads do not divide",
                 hint="check num_attention_heads (or attention_head_dim) in config.json, or --num-heads",
             )
-        splits.append(HeadSplit(layer, match["projection"], match["kind"], count, shape[0] // count))
+        projection, kind = match["projection"], match["kind"]
+        children = [f"{layer}.{projection}_convs.{head}.{kind}" for head in range(count)]
+        splits.append(even_split(layer, key, children, shape[0], to_convolution=kind == "weight"))
     if not splits:
         raise CheckpointError(
             "the weights hold no attention (no key ends in .to_q.weight)", hint="is this a UNet or a ControlNet?"

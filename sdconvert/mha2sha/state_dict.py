@@ -4,15 +4,15 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-from sdconvert.mha2sha.heads import HeadSplit
+from sdconvert.mha2sha.row_split import RowSplit
 
 
-def split_state_dict(state_dict: Mapping[str, Tensor], splits: Sequence[HeadSplit]) -> dict[str, Tensor]:
+def split_state_dict(state_dict: Mapping[str, Tensor], splits: Sequence[RowSplit]) -> dict[str, Tensor]:
     """Replace each parent by its heads' parts, at the parent's place in the order.
 
     Args:
         state_dict: In MHA form; it is not changed, and the result's tensors share its memory.
-        splits: From `head_splits` on its shapes.
+        splits: On its shapes.
 
     Returns:
         State dict in SHA form: weights (d, C, 1, 1), biases (d,).
@@ -23,7 +23,7 @@ def split_state_dict(state_dict: Mapping[str, Tensor], splits: Sequence[HeadSpli
         if key not in by_parent:
             result[key] = tensor
             continue
-        for name, rows in by_parent[key].parts():
-            part = tensor[rows]
-            result[name] = part[:, :, None, None] if by_parent[key].kind == "weight" else part
+        split = by_parent[key]
+        for part in split:
+            result[part.name] = tensor[part.rows].reshape(split.part_shape(part, tuple(tensor.shape)))
     return result

@@ -11,17 +11,17 @@ from static_graphs import SMALL_UNET, golden_case, small_case, vae_case
 
 from sdconvert.adapters import adapter_for
 from sdconvert.errors import CheckpointError, UsageError
-from sdconvert.mha2sha.heads import HeadSplit, attention_paths, head_splits, heads_from_config
+from sdconvert.mha2sha.heads import attention_paths, head_splits, heads_from_config
 
 LAYER = "down_blocks.0.attentions.0.transformer_blocks.0.attn1"
 
 
 @given(st.integers(1, 12), st.integers(1, 80))
 def test_the_heads_rows_cover_the_parent_once_and_in_order(heads: int, rows: int) -> None:
-    split = HeadSplit(LAYER, "to_q", "weight", heads, rows)
-    covered = [row for _, part in split.parts() for row in range(heads * rows)[part]]
+    (split,) = head_splits({f"{LAYER}.to_q.weight": (heads * rows, 6)}, {LAYER: heads})
+    covered = [row for part in split for row in range(heads * rows)[part.rows]]
     assert covered == list(range(heads * rows))
-    names = [name for name, _ in split.parts()]
+    names = [part.name for part in split]
     assert names == [f"{LAYER}.to_q_convs.{head}.weight" for head in range(heads)]
 
 
@@ -81,7 +81,7 @@ def shapes(*projections: str, rows: int = 8) -> dict[str, tuple[int, ...]]:
 def test_splits_follow_the_order_of_the_state_dict() -> None:
     found = head_splits({"conv_in.weight": (3, 3), **shapes(), f"{LAYER}.to_v.bias": (8,)}, {LAYER: 4})
     assert [split.parent for split in found] == [*shapes(), f"{LAYER}.to_v.bias"]
-    assert {(split.heads, split.rows) for split in found} == {(4, 2)}
+    assert {(len(split.parts), split.rows) for split in found} == {(4, 8)}
 
 
 @pytest.mark.parametrize(

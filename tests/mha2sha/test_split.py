@@ -47,8 +47,8 @@ def test_heads_put_together_are_the_parent(drawn: tuple[dict[str, Tensor], dict[
     assert all(torch.equal(state[key], before[key]) for key in before)
     for cut in cuts:
         assert cut.parent not in result
-        parts = [result[name] for name, _ in cut.parts()]
-        if cut.kind == "weight":
+        parts = [result[part.name] for part in cut]
+        if cut.to_convolution:
             assert {part.shape[2:] for part in parts} == {(1, 1)}
             parts = [part[:, :, 0, 0] for part in parts]
         assert torch.equal(torch.cat(parts), state[cut.parent])
@@ -63,7 +63,7 @@ def test_heads_put_together_are_the_parent(drawn: tuple[dict[str, Tensor], dict[
 @settings(max_examples=20, deadline=None)
 def test_heads_stand_where_their_parent_stood(drawn: tuple[dict[str, Tensor], dict[str, int]]) -> None:
     state, heads = drawn
-    parents = {name: cut.parent for cut in splits(state, heads) for name, _ in cut.parts()}
+    parents = {part.name: cut.parent for cut in splits(state, heads) for part in cut}
     order = [parents.get(key, key) for key in split_state_dict(state, splits(state, heads))]
     assert list(dict.fromkeys(order)) == list(state)
     assert sorted(order, key=list(state).index) == order
@@ -101,9 +101,9 @@ def test_entries_per_channel_are_sliced_as_the_rows_and_one_entry_is_repeated(
     assert list(sliced) == list(repeated) == [key for key in parts if key.endswith("weight")]
     for key, entries in sliced.items():
         assert len(entries) == parts[key].shape[0]
-    for cut in (cut for cut in cuts if cut.kind == "weight"):
-        assert [e for name, _ in cut.parts() for e in sliced[name]] == channels[cut.parent]
-        assert all(repeated[name] == whole[cut.parent] for name, _ in cut.parts())
+    for cut in (cut for cut in cuts if cut.to_convolution):
+        assert [e for part in cut for e in sliced[part.name]] == channels[cut.parent]
+        assert all(repeated[part.name] == whole[cut.parent] for part in cut)
 
 
 @given(attentions(), st.data())
