@@ -1,8 +1,11 @@
 """The one rename map: which rows of which parameter of the MHA form become which parameter of the SHA form.
 
-to_q.weight (heads * d, C)      ->  to_q_convs.0.weight (d, C, 1, 1)     rows 0 … d
-                                    to_q_convs.1.weight (d, C, 1, 1)     rows d … 2d   …
-to_out.0.weight (C, heads * d)  ->  to_out.0.weight (C, heads * d, 1, 1)  all rows
+With four heads of dimension d:
+
+    parent                       part                               rows
+    to_q.weight (4d, C)          to_q_convs.0.weight (d, C, 1, 1)   0 … d
+                                 to_q_convs.1.weight (d, C, 1, 1)   d … 2d   and so on
+    to_out.0.weight (C, 4d)      to_out.0.weight (C, 4d, 1, 1)      all
 """
 
 from collections.abc import Iterator
@@ -49,7 +52,7 @@ class RowSplit:
 
     def part_shape(self, part: Part, parent_shape: tuple[int, ...]) -> tuple[int, ...]:
         """Shape of a part of a parent of this shape."""
-        columns = parent_shape[1:] + (1, 1) if self.to_convolution else parent_shape[1:]
+        columns = (*parent_shape[1:], 1, 1) if self.to_convolution else parent_shape[1:]
         return (part.stop - part.start, *columns)
 
 
