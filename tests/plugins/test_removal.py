@@ -23,6 +23,7 @@ from sdconvert.plugins import (
     feeding,
     match_layers,
 )
+from sdconvert.plugins.base import unwrap
 from sdconvert.plugins.selectors import iter_layers
 
 SMALL: dict[str, Any] = {
@@ -123,7 +124,7 @@ def attach(kind: str, name: str, paths: list[str], model: nn.Module) -> list[Bas
         return [Multi(name, matches, list(reversed(matches)), host_model=model)]
     attachers: dict[str, Callable[[Any], BasePluginBlock]] = {
         "single": lambda match: Seen(name, match.module),
-        "param": lambda match: Seen(name, match.module, hook_param=next(iter(weights(match.module)))),
+        "param": lambda match: Seen(name, match.module, hook_param=next(iter(weights(unwrap(match.module))))),
         "pair": lambda match: Pair(name, match, matches[-1]),
         "patch": lambda match: Around(name, match.module, host_model=model),
     }
