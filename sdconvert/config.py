@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
 from sdconvert.errors import RecipeError
@@ -89,6 +89,8 @@ class CalibrationSection(_Section):
     """Random crops of one tile taken from each photograph."""
     held_out: tuple[str, ...] = Field(default=("chelsea", "china"), min_length=1)
     """Photographs for evaluation and report; none of them may calibrate."""
+    memory_limit: ByteSize | None = None
+    """Weights that may be in memory at once, as `4GiB` or in bytes; the smallest possible share if not given."""
 
     @model_validator(mode="after")
     def _held_out_is_held_out(self) -> Self:
@@ -113,8 +115,8 @@ class QuantizeSection(_Section):
 class Mha2ShaSection(_Section):
     """How attention is split into single heads."""
 
-    activation_encodings: Literal["inherit"] = "inherit"
-    """`inherit` gives every head the ranges measured for the whole attention."""
+    activation_encodings: Literal["inherit", "recalibrate"] = "inherit"
+    """`inherit` gives every head the ranges measured for the whole attention, `recalibrate` its own."""
 
 
 class ExportSection(_Section):

@@ -36,6 +36,13 @@ def test_dump_and_load_are_inverse(tmp_path: Path) -> None:
     assert load_recipe(write(tmp_path, dump_recipe(recipe))) == recipe
 
 
+@pytest.mark.parametrize(("text", "limit"), [("4GiB", 4 << 30), ("1.5 MB", 1500000), ("7", 7), ("null", None)])
+def test_a_memory_limit_is_a_size(text: str, limit: int | None, tmp_path: Path) -> None:
+    recipe = load_recipe("pasd_tiny", [f"calibration.memory_limit={text}"])
+    assert recipe.calibration.memory_limit == limit
+    assert load_recipe(write(tmp_path, dump_recipe(recipe))) == recipe
+
+
 @given(steps=st.integers(1, 1000), scale=st.floats(0, 100), per_channel=st.booleans())
 def test_overrides_replace_exactly_what_they_name(steps: int, scale: float, per_channel: bool) -> None:
     overrides = [f"pipeline.num_inference_steps={steps}", f"pipeline.guidance_scale={scale:f}"]
@@ -63,6 +70,7 @@ def test_overrides_replace_exactly_what_they_name(steps: int, scale: float, per_
         ("qnn:\n  socs: [SM8650, 7]\n", r"line 2: `qnn.socs.1`.*found 7", "schema"),
         ("pipeline:\n  latent_tile: 16\n  latent_overlap: 16\n", "line 1: `pipeline`: latent_overlap 16", "schema"),
         ("calibration:\n  held_out: [coffee]\n", "coffee stands in both", "schema"),
+        ("calibration:\n  memory_limit: much\n", r"line 2: `calibration.memory_limit`.*found 'much'", "schema"),
         ("name: a\nname: b\n", r"line 2: `name` is given twice", "line 1"),
         ("checkpoint:\n  loras:\n  - {path: a, scael: 1}\n", r"unknown key `checkpoint.loras.0.scael`", "`scale`"),
         ("checkpoint:\n  loras:\n  - {scale: 1}\n", r"line 2: `checkpoint.loras.0.path`", "schema"),

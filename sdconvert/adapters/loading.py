@@ -1,6 +1,5 @@
 """Read one model folder of any registered family: `config.json` names the class, the weights must fit exactly."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from torch import nn
 from sdconvert.adapters.base import AdapterRegistry
 from sdconvert.errors import CheckpointError, UnsupportedModelError
 from sdconvert.io.tensors import load_tensors, weights_file
+from sdconvert.models.config_json import making_model, read_config
 
 _SHOWN = 5
 _OLD_PREFIX = "text_model."
@@ -27,7 +27,7 @@ def load_model(folder: Path) -> nn.Module:
         UnsupportedModelError: No family covers the class that the config names.
         CheckpointError: Something is missing or damaged, or config and weights do not fit each other.
     """
-    config = _read_config(folder / "config.json")
+    config = read_config(folder / "config.json")
     name = config.get("_class_name") or next(iter(config.get("architectures") or ()), None)
     classes = {origin.__name__: origin for origin in AdapterRegistry.entries()}
     if name not in classes:
@@ -35,7 +35,8 @@ def load_model(folder: Path) -> nn.Module:
             f"`{folder}` holds a {name or 'model of unnamed class'}; {AdapterRegistry.known()}",
             hint=f"register a family for it: `@AdapterRegistry.register({name or 'TheClass'})`",
         )
-    model = _build(classes[name], config, folder)
+    with making_model(f"the config in `{folder}`", name):
+        model = _build(classes[name], config)
     stem = "diffusion_pytorch_model" if "_class_name" in config else "model"
     path = weights_file(folder, stem)
     tensors = {key: tensor.to(torch.float32, copy=True) for key, tensor in load_tensors(path).items()}
@@ -52,16 +53,8 @@ def load_model(folder: Path) -> nn.Module:
     return model.eval()
 
 
-def _build(cls: Any, config: dict[str, Any], folder: Path) -> nn.Module:
-    try:
-        if "_class_name" in config:
-            model: nn.Module = cls.from_config(config)
-        else:
-            model = cls(cls.config_class.from_dict(config))
-    except (ValueError, TypeError, AttributeError, LookupError, NotImplementedError) as error:
-        raise CheckpointError(
-            f"the config in `{folder}` makes no {cls.__name__}: {error}", hint="check its config.json"
-        ) from error
+def _build(cls: Any, config: dict[str, Any]) -> nn.Module:
+    model: nn.Module = cls.from_config(config) if "_class_name" in config else cls(cls.config_class.from_dict(config))
     return model
 
 
@@ -69,13 +62,3 @@ def _name_of_today(key: str, expected: Mapping[str, Any]) -> str:
     """Text encoders saved by transformers before 5, all published ones, keep everything below `text_model`."""
     stripped = key.removeprefix(_OLD_PREFIX)
     return stripped if key not in expected and stripped in expected else key
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"`{path}` cannot be read: {error}", hint="name the folder of one model") from error
-    if not isinstance(config, dict):
-        raise CheckpointError(f"`{path}` holds a {type(config).__name__}, not an object", hint="copy it again")
-    return config

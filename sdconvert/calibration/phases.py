@@ -18,7 +18,6 @@ from sdconvert.io.tensors import load_tensors, save_tensors
 from sdconvert.pipelines.base import BasePipeline
 from sdconvert.pipelines.graph import PipelineUnitGraph
 from sdconvert.pipelines.loop import DenoisingLoop
-from sdconvert.pipelines.residency import ModelResidency
 from sdconvert.pipelines.unit import PipelineUnit
 
 Progress = Callable[[str], None]
@@ -42,7 +41,7 @@ def run_phases(
     """Run every sample through the pipeline.
 
     Args:
-        pipe: Its models are offloaded to the disk while they are not called, and are back afterwards.
+        pipe: With a residency, which brings in the models of a phase and drops those of the one before.
         samples: The three dictionaries of each request, as `pipe.inputs` gives them.
         scratch: Keeps what the loops gave; a run that finds it there does not sample again.
         progress: Told what is done next.
@@ -54,24 +53,21 @@ def run_phases(
 
     Raises:
         MissingModelError: A model that a sample needs is not loaded.
+        BudgetError: Models that are called together exceed the residency's limit; nothing has been computed then.
         ResidencyError: A unit calls a model that it does not declare.
     """
     for inputs in samples.values():
         pipe.require_models_of_run(*inputs)
+    pipe.require_fit()
     scratch.mkdir(parents=True, exist_ok=True)
     with _work_folder(scratch / "phases") as folder:
         spill = InputsSpill(folder)
         for name, inputs in samples.items():
             spill.put(name, inputs)
-        with ModelResidency(pipe.device, folder=folder / "models") as residency:
-            pipe.manage_models(residency)
-            try:
-                for phase in plan_phases(pipe):
-                    for name in samples:
-                        progress(f"{name}: {', '.join(unit.name for unit in phase)}")
-                        _run_phase(pipe, phase, name, spill, scratch, commit)
-            finally:
-                pipe.residency = None
+        for phase in plan_phases(pipe):
+            for name in samples:
+                progress(f"{name}: {', '.join(unit.name for unit in phase)}")
+                _run_phase(pipe, phase, name, spill, scratch, commit)
         return {name: spill.get(name)[0][pipe.output_param][0].clone() for name in samples}
 
 

@@ -18,6 +18,7 @@ from sdconvert.io.tensors import save_tensors
 from sdconvert.metrics import psnr_y, ssim_y
 from sdconvert.pipelines.backend import graph_adapters
 from sdconvert.pipelines.pasd import PASDPipeline
+from sdconvert.pipelines.residency import ModelResidency
 from sdconvert.pipelines.sampling import sampling_arguments
 from sdconvert.stages import StageContext
 
@@ -27,7 +28,8 @@ _PURPOSES = ("calibration", "evaluation")
 def run(context: StageContext) -> dict[str, Any]:
     """Do the stage's work; see `Stage.run`."""
     recipe = context.recipe
-    pipe = CheckpointArtifact(context.run.stage_folder("10-checkpoint")).pipeline()
+    residency = ModelResidency(folder=context.scratch / "models", memory_limit=recipe.calibration.memory_limit)
+    pipe = CheckpointArtifact(context.run.stage_folder("10-checkpoint")).pipeline(residency)
     tile = recipe.pipeline.latent_tile * pipe.vae_scale_factor
     held_out = held_out_crops(recipe, tile, pipe.vae_scale_factor)
     crops = dict(zip(_PURPOSES, (calibration_crops(recipe, tile), held_out), strict=True))

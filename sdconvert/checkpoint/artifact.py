@@ -6,6 +6,7 @@ from typing import Any
 
 from sdconvert.pipelines.loading import load_scheduler
 from sdconvert.pipelines.pasd import PASDPipeline
+from sdconvert.pipelines.residency import ModelResidency
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,6 @@ class CheckpointArtifact:
         """The sampler alone, as diffusers reads it."""
         return load_scheduler(self.model_folder)
 
-    def pipeline(self) -> PASDPipeline:
-        """Load it anew, in fp32."""
-        return PASDPipeline.from_pretrained(self.model_folder)
+    def pipeline(self, residency: ModelResidency | None = None) -> PASDPipeline:
+        """Load it anew, in fp32; given `residency`, weights stay on the disk until a unit calls for them."""
+        return PASDPipeline.from_pretrained(self.model_folder, residency=residency)

@@ -6,6 +6,7 @@ from typing import Any
 from torch import nn
 
 from sdconvert.adapters import adapter_for, require_capabilities
+from sdconvert.adapters.schedulers import require_expressible
 from sdconvert.artifacts import write_json_atomic
 from sdconvert.checkpoint.loras import STEMS, fuse_loras
 from sdconvert.checkpoint.source import PARTS, resolve_checkpoint
@@ -46,9 +47,11 @@ def _require_support(pipe: PASDPipeline, recipe: Recipe) -> None:
     """Refuse at once what a later stage would refuse after hours: a model that is no graph, a request it cannot meet.
 
     Raises:
+        UnsupportedSchedulerError: No table expresses the sampler, which the bundle is to replay.
         UnsupportedModelError: Names all parts of a model that stand in the way.
         CapabilityError: Names all requests.
     """
+    require_expressible(pipe.scheduler)
     adapters = {name: adapter_for(model) for name, model in _models(pipe).items()}
     for adapter in adapters.values():
         adapter.check()

@@ -122,21 +122,12 @@ class ControlNetPlugin(MultiPluginBlock):
 
     def __init__(self, name: str, host_model: UNet2DConditionModel, controlnet: ControlNetModel) -> None:
         root = match_layers("pre_hook:", host_model)
-        super().__init__(name, root, root)
+        super().__init__(name, root, root, first=True)  # plugins that read the residuals, as PASD's does, come later
         _require_common_config(host_model, controlnet)
         self.controlnet = controlnet
         self.residuals: dict[str, Any] = {}
         self.input_data: dict[str, Any] = {}
         self.register_input_feeder_to(host_model)
-
-    def attach(self) -> None:
-        """Become part of the model, ahead of plugins that read the residuals, as PASD's does."""
-        super().attach()
-        hooks = self.host_model._forward_pre_hooks
-        own = {key: hook for key, hook in hooks.items() if getattr(hook, "plugin", None) is self}
-        others = {key: hook for key, hook in hooks.items() if key not in own}
-        hooks.clear()
-        hooks.update(own | others)
 
     def from_layer_hook(
         self, host: nn.Module, fea_in: tuple[Any, ...], fea_out: Any, idx: int, fea_kwargs: dict[str, Any] | None = None

@@ -19,6 +19,7 @@ from torch import nn
 from sdconvert.artifacts import write_json_atomic
 from sdconvert.errors import CheckpointError
 from sdconvert.io.tensors import load_tensors, save_tensors, tensor_shapes, weights_file
+from sdconvert.models.config_json import making_model, read_config
 from sdconvert.models.controlnet import ConditioningPlugin
 from sdconvert.models.pixel_attention import LightPixelAttentionPlugin, PixelAttentionPlugin
 
@@ -69,8 +70,8 @@ def load_pasd(folder: Path | str) -> tuple[UNet2DConditionModel, ControlNetModel
     weights = {part: weights_file(folder / part) for part in ("unet", "controlnet")}
     variant = _variant(weights["unet"])
     with torch.device("meta"):
-        unet = _build_unet(_read_config(folder / "unet"), variant)
-        controlnet = _build_controlnet(_read_config(folder / "controlnet"))
+        unet = _build_unet(read_config(folder / "unet" / "config.json"), variant)
+        controlnet = _build_controlnet(read_config(folder / "controlnet" / "config.json"))
     _load_weights(unet, weights["unet"])
     _load_weights(controlnet, weights["controlnet"])
     return unet.eval(), controlnet.eval()
@@ -117,25 +118,8 @@ def _from_config(cls: type[nn.Module], config: Mapping[str, Any]) -> Any:
         raise CheckpointError(
             f"config of {cls.__name__}: unknown {_listed(unknown)}", hint=f"nearest known key: `{nearest[0]}`"
         )
-    try:
+    with making_model(f"config of {cls.__name__}", "model"):
         return cls(**{key: value for key, value in config.items() if not key.startswith("_")})
-    except (ValueError, TypeError, AttributeError, LookupError, ZeroDivisionError, NotImplementedError) as error:
-        raise CheckpointError(
-            f"config of {cls.__name__} makes no model: {error}", hint="check its config.json"
-        ) from error
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    path = folder / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"`{path}` cannot be read: {error}", hint="each model folder holds a config.json"
-        ) from error
-    if not isinstance(config, dict):
-        raise CheckpointError(f"`{path}` holds a {type(config).__name__}, not an object", hint="copy it again")
-    return config
 
 
 def _variant(path: Path) -> Variant:

@@ -2,7 +2,7 @@
 
 import difflib
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, Self
@@ -53,6 +53,8 @@ class BasePipeline:
     """Models that `model_fn` gets by name."""
     iteration_triggers: ClassVar[Mapping[str, str]] = {}
     """Of the models in the loop that not every run needs: the key that asks for it."""
+    model_families: ClassVar[Mapping[str, Collection[str]]] = {}
+    """Of the models that only some families can be, the names of these in `layouts.FAMILIES`."""
     output_param: ClassVar[str] = "output_image"
     """The shared key under which a run leaves its pictures, (1, 3, H, W) in [0, 1]."""
     model_fn: Callable[..., Tensor]
@@ -76,7 +78,7 @@ class BasePipeline:
         torch_dtype: torch.dtype = torch.float32,
         residency: ModelResidency | None = None,
     ) -> Self:
-        """Read a pipeline's models, from the disk only.
+        """Read a pipeline's models, from the disk only, in evaluation mode and without gradients.
 
         Args:
             folder: A diffusers folder; short for a `ModelConfig` of it.
@@ -88,7 +90,7 @@ class BasePipeline:
         Raises:
             CheckpointError: Something is missing or damaged, or weights and config do not fit each other.
             MissingModelError: A model that the pipeline requires is not among them.
-            UnsupportedModelError: Weights are of no known model.
+            UnsupportedModelError: Weights are of no known model, or of one that the pipeline has no use for.
         """
         # Only reading models takes the model classes of diffusers and transformers, which take seconds to import.
         from sdconvert.pipelines.model_pool import pool_models
@@ -199,13 +201,23 @@ class BasePipeline:
         """
         self.require_models(model_names)
         if self.residency is not None:
-            # A backend that stands in for a model has no weights here, and nothing to move.
-            self.residency.load(name for name in model_names if isinstance(getattr(self, name), nn.Module))
+            self.residency.load(self._with_weights(model_names))
             return
-        for name in model_names:
-            model = getattr(self, name)
-            if isinstance(model, nn.Module):
-                model.to(self.device)
+        for name in self._with_weights(model_names):
+            getattr(self, name).to(self.device)
+
+    def require_fit(self) -> None:
+        """Check before any work that the models that a unit calls fit into memory together, for every unit.
+
+        Raises:
+            BudgetError: They exceed the residency's limit; the message says which, and what would fit.
+        """
+        if self.residency is not None:
+            self.residency.require_fit(*(self._with_weights(unit.onload_model_names) for unit in self.all_units))
+
+    def _with_weights(self, model_names: Iterable[str]) -> list[str]:
+        """Of some models those that have weights here; a backend that stands in for one has nothing to move."""
+        return [name for name in model_names if isinstance(getattr(self, name), nn.Module)]
 
     def manage_models(self, residency: ModelResidency) -> None:
         """Give all models to `residency`: from now on a unit has in memory what it declares, and may call no more.

@@ -1,10 +1,10 @@
 """Stable Diffusion under a ControlNet: as `stable_diffusion.py`, with a control image that every run needs."""
 
-from typing import Any
+from typing import Any, Unpack
 
-import torch
 from torch import Tensor
 
+from sdconvert.pipelines.latent_diffusion import LatentDiffusionParts
 from sdconvert.pipelines.latent_units import check_image
 from sdconvert.pipelines.stable_diffusion import StableDiffusionPipeline
 from sdconvert.pipelines.unit import Inputs
@@ -16,36 +16,11 @@ class StableDiffusionControlNetPipeline(StableDiffusionPipeline):
     Args:
         unet: UNet.
         controlnet: ControlNet.
-        vae: Autoencoder; its decoder becomes `vae_decoder`.
-        text_encoder: CLIP text encoder; None where embeddings are given to every run.
-        tokenizer: Its tokenizer.
-        scheduler: Sampler; every run works on a copy.
-        device: Where models run.
-        torch_dtype: Type of the intermediate tensors.
+        **parts: As `LatentDiffusionPipeline` takes them.
     """
 
-    def __init__(
-        self,
-        *,
-        unet: Any,
-        controlnet: Any,
-        vae: Any,
-        text_encoder: Any,
-        tokenizer: Any,
-        scheduler: Any,
-        device: str | torch.device = "cpu",
-        torch_dtype: torch.dtype = torch.float32,
-    ) -> None:
-        super().__init__(
-            unet=unet,
-            vae=vae,
-            text_encoder=text_encoder,
-            tokenizer=tokenizer,
-            scheduler=scheduler,
-            controlnet=controlnet,
-            device=device,
-            torch_dtype=torch_dtype,
-        )
+    def __init__(self, *, unet: Any, controlnet: Any, **parts: Unpack[LatentDiffusionParts]) -> None:
+        super().__init__(unet=unet, controlnet=controlnet, **parts)
 
     def inputs(
         self, prompt: str | None = None, *, control_image: Tensor | None = None, **arguments: Any

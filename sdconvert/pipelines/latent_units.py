@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from sdconvert.errors import UsageError
 from sdconvert.pipelines.base import Observer
-from sdconvert.pipelines.shape import SamplingShape, sampling_shape
+from sdconvert.pipelines.shape import SamplingShape
 from sdconvert.pipelines.unit import Inputs, PipelineUnit
 
 if TYPE_CHECKING:
@@ -63,16 +63,8 @@ class SizeChecker(PipelineUnit):
         latent_tile: int | None = None,
         latent_overlap: int | None = None,
     ) -> Inputs:
-        """Return `sampling_shape`: sizes are rounded up to whole latents and patches, and the result is cut back."""
-        shape = sampling_shape(
-            height,
-            width,
-            upscale=1,
-            factor=pipe.vae_scale_factor,
-            latent_tile=latent_tile,
-            latent_overlap=latent_overlap,
-            multiple=pipe.patch_size,
-        )
+        """Return `sampling_shape`; see `LatentDiffusionPipeline.sampling_shape`."""
+        shape = pipe.sampling_shape(height, width, latent_tile=latent_tile, latent_overlap=latent_overlap)
         log_shape(shape, pipe.vae_scale_factor)
         return {"sampling_shape": shape}
 

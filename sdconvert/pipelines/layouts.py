@@ -13,7 +13,8 @@ from diffusers import AutoencoderKL, ControlNetModel, PixArtTransformer2DModel, 
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
-from sdconvert.errors import CheckpointError, UnsupportedModelError
+from sdconvert.errors import UnsupportedModelError
+from sdconvert.models.config_json import making_model
 from sdconvert.models.pasd import build_pasd
 from sdconvert.pipelines.model_config import Shapes
 
@@ -101,6 +102,9 @@ _SMALL_CLIP = {
     "num_hidden_layers": 1,
     "projection_dim": 8,
     "vocab_size": 8,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 1,
 }
 _PIXART = {"sample_size": 64, "num_layers": 28, "attention_head_dim": 72, "num_attention_heads": 16}
 _T5 = {"d_model": 4096, "d_ff": 10240, "d_kv": 64, "num_heads": 64, "num_layers": 24, "feed_forward_proj": "gated-gelu"}
@@ -191,13 +195,11 @@ def build_on_meta(family: str, config: Mapping[str, Any]) -> nn.Module:
         CheckpointError: The config makes no such model.
     """
     kind = FAMILIES[family]
-    try:
+    with making_model("the config", family):
         with torch.device("meta"):
             model = kind.build(config)
         _fill_unsaved(model, lambda: kind.build({**config, **kind.shallow}))
-        return model
-    except (ValueError, TypeError, AttributeError, LookupError, ZeroDivisionError, NotImplementedError) as error:
-        raise CheckpointError(f"the config makes no {family}: {error}", hint="check its config.json") from error
+    return model
 
 
 def recognized(family: str, shapes: Shapes) -> Mapping[str, Any]:

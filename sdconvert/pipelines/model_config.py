@@ -3,7 +3,6 @@
 Everything is read from the disk: a path is a path, and nothing here knows the network.
 """
 
-import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from sdconvert.errors import CheckpointError
 from sdconvert.io.tensors import iterate_tensors, tensor_shapes, weights_file
+from sdconvert.models.config_json import read_config
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -84,32 +84,12 @@ def find_weights(path: Path) -> WeightFiles:
         if not index.is_file():
             raise CheckpointError(f"{what}, and `{index.name}` is not beside it", hint="copy the whole folder")
         raise CheckpointError(what, hint=f"give the index that names all of them, `{index}`, or its folder")
-    return WeightFiles((path,), read_config(path.parent), tensor_shapes(path))
+    return WeightFiles((path,), _config_beside(path), tensor_shapes(path))
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """Content of the folder's `config.json`; empty if it has none.
-
-    Raises:
-        CheckpointError: The file is no JSON object.
-    """
-    file = folder / "config.json"
-    return read_object(file) if file.is_file() else {}
-
-
-def read_object(file: Path) -> dict[str, Any]:
-    """Read a JSON object.
-
-    Raises:
-        CheckpointError: The file holds none.
-    """
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"cannot read `{file}`: {error}", hint="copy or download it again") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"`{file}` holds a {type(content).__name__}, no object", hint="copy it again")
-    return content
+def _config_beside(weights: Path) -> dict[str, Any]:
+    file = weights.with_name("config.json")
+    return read_config(file) if file.is_file() else {}
 
 
 def _main_file(folder: Path) -> Path:
@@ -131,7 +111,7 @@ def _main_file(folder: Path) -> Path:
 
 
 def _sharded(index: Path) -> WeightFiles:
-    places = read_object(index).get("weight_map")
+    places = read_config(index).get("weight_map")
     if not isinstance(places, dict) or not places:
         raise CheckpointError(f"`{index}` has no weight_map", hint="copy or download it again")
     files = {name: index.parent / name for name in sorted(set(map(str, places.values())))}
@@ -149,4 +129,4 @@ def _sharded(index: Path) -> WeightFiles:
             hint="the index and the files are of different downloads: copy all of them again",
         )
     shapes = {key: shape for layout in layouts.values() for key, shape in layout.items()}
-    return WeightFiles(tuple(files.values()), read_config(index.parent), shapes)
+    return WeightFiles(tuple(files.values()), _config_beside(index), shapes)

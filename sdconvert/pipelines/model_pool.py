@@ -8,17 +8,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoTokenizer
 
 from sdconvert.config import did_you_mean
-from sdconvert.errors import CheckpointError, MissingModelError, UsageError
+from sdconvert.errors import CheckpointError, MissingModelError, UnsupportedModelError, UsageError
+from sdconvert.models.config_json import read_config
+from sdconvert.pipelines.base import BasePipeline
 from sdconvert.pipelines.layouts import FAMILIES, build_on_meta, differences, find_family, layout, recognized
-from sdconvert.pipelines.loading import load_scheduler
-from sdconvert.pipelines.model_config import ModelConfig, WeightFiles, find_weights, read_object
+from sdconvert.pipelines.loading import load_scheduler, load_tokenizer
+from sdconvert.pipelines.model_config import ModelConfig, WeightFiles, find_weights
 from sdconvert.pipelines.residency import ModelResidency
 
 # Of a diffusers folder, what no pipeline here calls: it filters results or prepares its input.
 _UNUSED = frozenset({"safety_checker", "feature_extractor", "image_encoder"})
+# Files by which the folder of a component is known.
+_MARKS = ("config.json", "scheduler_config.json", "tokenizer_config.json", "*.safetensors", "*.bin")
 # Names that a Stable Diffusion VAE's attention had before diffusers 0.14.
 _OLD_ATTENTION = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
 
@@ -32,6 +35,8 @@ class PooledModel:
     source: Path
     asked: bool
     """It was asked for alone, not found in a folder of several."""
+    family: str = ""
+    """Its name in `FAMILIES`; empty for tokenizers and schedulers."""
 
 
 class ModelPool:
@@ -58,16 +63,16 @@ class ModelPool:
         path = Path(config.path)
         parts = _parts(path)
         if not parts:
-            name, model = self._load_model(path, config.name)
-            self._models.append(PooledModel(name, model, path, asked=True))
-            return (name,)
+            pooled = self._load_model(path, config.name, asked=True)
+            self._models.append(pooled)
+            return (pooled.name,)
         if config.name:
             raise UsageError(
                 f"`{path}` holds {', '.join(parts)}, which cannot all be called {config.name!r}",
                 hint=f"give the folder of one of them, or leave out name={config.name!r}",
             )
         for name, folder in parts.items():
-            self._models.append(PooledModel(name, self._load_part(name, folder), folder, asked=False))
+            self._models.append(self._load_part(name, folder))
         return tuple(parts)
 
     def fetch_model(self, name: str, index: int | None = None) -> Any:
@@ -76,6 +81,9 @@ class ModelPool:
         Raises:
             MissingModelError: There is none, not so many, or more than one and no index.
         """
+        return self._fetch(name, index).model
+
+    def _fetch(self, name: str, index: int | None = None) -> PooledModel:
         found = [pooled for pooled in self._models if pooled.name == name]
         if not found:
             names = list(dict.fromkeys(pooled.name for pooled in self._models))
@@ -87,44 +95,46 @@ class ModelPool:
             raise MissingModelError(f"{len(found)} models are called {name!r}: {places}", hint="give index=…")
         if not 0 <= (index or 0) < len(found):
             raise MissingModelError(f"{len(found)} models are called {name!r}; there is no number {index}")
-        return found[index or 0].model
+        return found[index or 0]
 
-    def arguments_for(self, cls: type) -> dict[str, Any]:
+    def arguments_for(self, cls: type[BasePipeline]) -> dict[str, Any]:
         """The models that a pipeline class takes, by the names of its arguments.
 
         Raises:
             MissingModelError: One that it requires is not there.
+            UnsupportedModelError: One is of another family than the class demands.
             UsageError: A model that was asked for by itself is none that it takes.
         """
-        parameters = inspect.signature(cls).parameters
-        named = {name for name in parameters if name not in ("device", "torch_dtype")}
+        named = {name: required for name, required in _arguments(cls).items() if name not in ("device", "torch_dtype")}
         if stray := [pooled for pooled in self._models if pooled.asked and pooled.name not in named]:
             raise UsageError(
                 f"{cls.__name__} has no use for {stray[0].name!r} from `{stray[0].source}`",
                 hint=f"it takes {', '.join(sorted(named))}; ModelConfig(path, name=…) says which it is",
             )
         there = {pooled.name for pooled in self._models}
-        required = [
-            name for name in parameters if name in named and parameters[name].default is inspect.Parameter.empty
-        ]
-        if missing := [name for name in required if name not in there]:
+        if missing := [name for name, required in named.items() if required and name not in there]:
             raise MissingModelError(
                 f"{cls.__name__} needs {', '.join(missing)}; loaded: {', '.join(sorted(there)) or 'nothing'}",
                 hint="add a ModelConfig for each, or for a diffusers folder that holds them",
             )
-        return {name: self.fetch_model(name) for name in parameters if name in there & named}
+        found = {name: self._fetch(name) for name in named if name in there}
+        for name, families in cls.model_families.items():
+            if name in found and found[name].family not in families:
+                raise UnsupportedModelError(
+                    f"`{found[name].source}` is a {found[name].family}, the {name} of {cls.__name__} is a "
+                    f"{' or '.join(families)}",
+                    hint="give the weights of such a model, or choose the pipeline of this one",
+                )
+        return {name: pooled.model for name, pooled in found.items()}
 
-    def _load_part(self, name: str, folder: Path) -> Any:
+    def _load_part(self, name: str, folder: Path) -> PooledModel:
         if name == "scheduler":
-            return load_scheduler(folder.parent)
+            return PooledModel(name, load_scheduler(folder.parent), folder, asked=False)
         if name.startswith("tokenizer"):
-            try:
-                return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-            except (OSError, ValueError, KeyError) as error:
-                raise CheckpointError(f"cannot read `{folder}`: {error}", hint="is the copy complete?") from error
-        return self._load_model(folder, name)[1]
+            return PooledModel(name, load_tokenizer(folder), folder, asked=False)
+        return self._load_model(folder, name, asked=False)
 
-    def _load_model(self, path: Path, name: str) -> tuple[str, nn.Module]:
+    def _load_model(self, path: Path, name: str, *, asked: bool) -> PooledModel:
         weights = find_weights(path)
         renamed = _modern_names(weights.shapes)
         shapes = {new: weights.shapes[key] for key, new in renamed.items()}
@@ -135,14 +145,18 @@ class ModelPool:
                 f"the weights in `{path}` do not fit its config.json, a {family}: {what}",
                 hint="config.json and weights must come from the same model",
             )
-        model = model.eval().requires_grad_(False).to(self.torch_dtype)
+        # torch's own `to`: that of diffusers warns of modules to keep in float32 where there are none.
+        nn.Module.to(model.eval().requires_grad_(False), self.torch_dtype)
         name = name or FAMILIES[family].role
         as_it_is = all(renamed.get(key) == key for key in weights.shapes)
         if self.residency is not None and weights.single is not None and as_it_is:
             self.residency.manage(name, model, weights=weights.single)
-        else:
-            _fill(model, weights, renamed, self.torch_dtype)
-        return name, model
+            return PooledModel(name, model, path, asked, family)
+        _fill(model, weights, renamed, self.torch_dtype)
+        if self.residency is not None:
+            self.residency.manage(name, model)
+            self.residency.load(())  # written to the disk now, before the next model comes in
+        return PooledModel(name, model, path, asked, family)
 
 
 def pool_models(
@@ -162,6 +176,21 @@ def pool_models(
     return pool
 
 
+def _arguments(cls: type) -> dict[str, bool]:
+    """Arguments of a class and whether it requires them, with those that its constructor hands on to its bases."""
+    found: dict[str, bool] = {}
+    for base in cls.__mro__:
+        if "__init__" not in vars(base):
+            continue
+        _, *parameters = inspect.signature(vars(base)["__init__"]).parameters.values()
+        for one in parameters:
+            if one.kind in (one.POSITIONAL_OR_KEYWORD, one.KEYWORD_ONLY):
+                found.setdefault(one.name, one.default is one.empty)
+        if not any(one.kind is one.VAR_KEYWORD for one in parameters):
+            break
+    return found
+
+
 def _parts(path: Path) -> dict[str, Path]:
     """Component folders of a diffusers folder by name, as its index lists them; none for anything else.
 
@@ -172,16 +201,15 @@ def _parts(path: Path) -> dict[str, Path]:
         return {}
     index = path / "model_index.json"
     if index.is_file():
-        listed = {name for name, origin in read_object(index).items() if isinstance(origin, list) and origin[1]}
+        listed = {name for name, origin in read_config(index).items() if isinstance(origin, list) and origin[1]}
         parts = {name: path / name for name in sorted(listed - _UNUSED)}
         if missing := [name for name, folder in parts.items() if not folder.is_dir()]:
             raise CheckpointError(
                 f"`{path}` lacks {', '.join(missing)}, which its model_index.json names", hint="copy the whole folder"
             )
         return parts
-    kinds = ("config.json", "scheduler_config.json", "tokenizer_config.json")
-    children = sorted(child for child in path.iterdir() if child.is_dir())
-    return {child.name: child for child in children if any((child / kind).is_file() for kind in kinds)}
+    children = sorted(child for child in path.iterdir() if child.is_dir() and child.name not in _UNUSED)
+    return {child.name: child for child in children if any(any(child.glob(mark)) for mark in _MARKS)}
 
 
 def _modern_names(keys: Collection[str]) -> dict[str, str]:

@@ -1,17 +1,18 @@
 """PixArt-α: a transformer in the place of the UNet, and T5 in the place of CLIP."""
 
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
 
 from sdconvert.pipelines.base import Observer
-from sdconvert.pipelines.latent_diffusion import LatentDiffusionPipeline
-from sdconvert.pipelines.latent_units import Decoder, InitialNoise, SizeChecker
+from sdconvert.pipelines.latent_diffusion import LatentDiffusionParts
+from sdconvert.pipelines.latent_units import InitialNoise, SizeChecker
 from sdconvert.pipelines.loop import Side
-from sdconvert.pipelines.prompt_units import T5PromptEmbedder, guided_sides
+from sdconvert.pipelines.prompt_units import T5PromptEmbedder
 from sdconvert.pipelines.shape import SamplingShape
-from sdconvert.pipelines.stable_diffusion import default_size, observing
+from sdconvert.pipelines.stable_diffusion import observing
+from sdconvert.pipelines.text_to_image import TextToImagePipeline, TextToImageRequest
 from sdconvert.pipelines.unit import Inputs, PipelineUnit
 
 
@@ -66,7 +67,7 @@ def model_fn_pixart_alpha(
     return grid.blend(map(predict, range(len(grid.corners))))
 
 
-class PixArtAlphaPipeline(LatentDiffusionPipeline):
+class PixArtAlphaPipeline(TextToImagePipeline):
     """Makes a picture from text with PixArt-α.
 
     Sizes are used as they are asked for; diffusers' `use_resolution_binning` and `clean_caption`, which rewrite the
@@ -75,33 +76,17 @@ class PixArtAlphaPipeline(LatentDiffusionPipeline):
 
     Args:
         transformer: `PixArtTransformer2DModel`.
-        vae: Autoencoder; its decoder becomes `vae_decoder`.
-        text_encoder: T5 encoder; None where embeddings are given to every run.
-        tokenizer: Its tokenizer.
-        scheduler: Sampler; every run works on a copy.
-        device: Where models run.
-        torch_dtype: Type of the intermediate tensors.
+        **parts: As `LatentDiffusionPipeline` takes them; the text encoder is T5's.
     """
 
     unit_classes = (SizeChecker, T5PromptEmbedder, MicroConditions, InitialNoise)
-    post_unit_classes = (Decoder,)
     in_iteration_models = ("transformer",)
     model_fn = staticmethod(model_fn_pixart_alpha)
 
-    def __init__(
-        self,
-        *,
-        transformer: Any,
-        vae: Any,
-        text_encoder: Any,
-        tokenizer: Any,
-        scheduler: Any,
-        device: str | torch.device = "cpu",
-        torch_dtype: torch.dtype = torch.float32,
-    ) -> None:
-        super().__init__(vae=vae, scheduler=scheduler, device=device, torch_dtype=torch_dtype)
-        self.transformer, self.text_encoder, self.tokenizer = transformer, text_encoder, tokenizer
-        self.default_size = default_size(transformer.config.sample_size, self.vae_scale_factor)
+    def __init__(self, *, transformer: Any, **parts: Unpack[LatentDiffusionParts]) -> None:
+        super().__init__(**parts)
+        self.transformer = transformer
+        self.default_size = self.trained_size(transformer.config.sample_size)
         self.patch_size = transformer.config.patch_size
         self.has_micro_conditions: bool = transformer.use_additional_conditions
 
@@ -109,75 +94,42 @@ class PixArtAlphaPipeline(LatentDiffusionPipeline):
         self,
         prompt: str | None = None,
         *,
-        height: int | None = None,
-        width: int | None = None,
         num_inference_steps: int = 20,
         guidance_scale: float = 4.5,
-        negative_prompt: str | None = None,
-        seed: int = 0,
-        latents: Tensor | None = None,
         embeds: Inputs | None = None,
         negative_embeds: Inputs | None = None,
         max_sequence_length: int = 120,
-        latent_tile: int | None = None,
-        latent_overlap: int | None = None,
+        **request: Unpack[TextToImageRequest],
     ) -> tuple[Inputs, Inputs, Inputs]:
         """Inputs of a run; defaults are diffusers'.
 
         Args:
             prompt: What the picture shows.
-            height: Pixels of the result; None: what the model was trained for.
-            width: Likewise.
             num_inference_steps: Sampling steps; with 1, the result is the model's estimate of the clean picture.
             guidance_scale: Classifier-free guidance, two runs per step; 1: none.
-            negative_prompt: What the picture should not show; needs guidance.
-            seed: Seed of all noise.
-            latents: First noise (1, C, h, w) of unit variance, in place of what the seed gives.
             embeds: `prompt_embeds` (1, tokens, channels) and `prompt_attention_mask` (1, tokens), in place of the
                 prompt.
             negative_embeds: Likewise of the negative prompt.
             max_sequence_length: Tokens that the prompt is padded or cut to.
-            latent_tile: Side of the latent tiles that the model sees; None: the whole picture at once.
-            latent_overlap: Overlap of the tiles in latents; None: 8, at most half a tile.
+            **request: See `TextToImageRequest`.
 
         Raises:
             UsageError: An argument is out of range, or would have no effect.
         """
-        shared = self.common_inputs(
+        shared, posi, nega = self.text_to_image_inputs(
+            {"prompt": prompt, **(embeds or {})},
+            negative_embeds or {},
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
-            seed=seed,
-            latent_tile=latent_tile,
-            latent_overlap=latent_overlap,
-        )
-        shared |= {
-            "height": self.default_size[0] if height is None else height,
-            "width": self.default_size[1] if width is None else width,
-            "latents": latents,
-            "max_sequence_length": max_sequence_length,
-        }
-        posi, nega = guided_sides(
-            {"prompt": prompt, **(embeds or {})},
-            {"negative_prompt": negative_prompt, **(negative_embeds or {})},
-            guidance_scale,
             embeds=("prompt_embeds", "prompt_attention_mask"),
+            **request,
         )
-        return shared, posi, nega
+        return {**shared, "max_sequence_length": max_sequence_length}, posi, nega
 
-    def step(
-        self,
-        scheduler: Any,
-        *,
-        latents: Tensor,
-        progress_id: int,
-        noise_pred: Tensor,
-        generator: torch.Generator | None = None,
-        **inputs: Any,
-    ) -> Tensor:
+    def step(self, scheduler: Any, **inputs: Any) -> Tensor:
         """As `BasePipeline.step`; the only step of a one-step model (PixArt-δ) goes straight to the clean latents."""
         if len(scheduler.timesteps) > 1:
-            return super().step(
-                scheduler, latents=latents, progress_id=progress_id, noise_pred=noise_pred, generator=generator
-            )
-        clean: Tensor = scheduler.step(noise_pred, scheduler.timesteps[progress_id], latents, return_dict=False)[1]
+            return super().step(scheduler, **inputs)
+        timestep = scheduler.timesteps[inputs["progress_id"]]
+        clean: Tensor = scheduler.step(inputs["noise_pred"], timestep, inputs["latents"], return_dict=False)[1]
         return clean

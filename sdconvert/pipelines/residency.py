@@ -164,16 +164,16 @@ class ModelResidency:
     @property
     def memory_bytes(self) -> int:
         """Bytes of all weights on the device."""
-        return sum(component.nbytes for component in self._distinct() if component.is_on(self.device))
+        return _nbytes(component for component in self._distinct() if component.is_on(self.device))
 
-    def require_fit(self, names: Iterable[str]) -> None:
-        """Check before any work that the named components fit together.
+    def require_fit(self, *groups: Iterable[str]) -> None:
+        """Check before any work that the components of each group fit together.
 
         Raises:
             ResidencyError: A name is not managed.
-            BudgetError: They exceed `memory_limit`; the message says what each needs.
+            BudgetError: The largest group exceeds `memory_limit`; the message says what each of it needs.
         """
-        self._require_room(self._named(names))
+        self._require_room(max((self._named(names) for names in groups), key=_nbytes, default=[]))
 
     def __enter__(self) -> Self:
         return self
@@ -205,7 +205,7 @@ class ModelResidency:
         return list(dict.fromkeys(found))
 
     def _require_room(self, wanted: list[Component]) -> None:
-        needed = sum(component.nbytes for component in wanted)
+        needed = _nbytes(wanted)
         if self.memory_limit is not None and needed > self.memory_limit:
             each = ", ".join(f"{component.names[0]} {component.nbytes}" for component in wanted)
             raise BudgetError(
@@ -217,7 +217,7 @@ class ModelResidency:
         others = [one for one in self._distinct() if one not in wanted and one.is_on(self.device)]
         if self.memory_limit is None:
             return others
-        room = self.memory_limit - sum(component.nbytes for component in wanted)
+        room = self.memory_limit - _nbytes(wanted)
         evicted = []
         for component in sorted(others, key=lambda one: one.last_used, reverse=True):
             if component.nbytes <= room:
@@ -231,3 +231,7 @@ class ModelResidency:
             component.move(torch.device("cpu"))
         elif self._folder is not None:
             component.to_disk(self._folder)
+
+
+def _nbytes(components: Iterable[Component]) -> int:
+    return sum(component.nbytes for component in components)

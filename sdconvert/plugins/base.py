@@ -156,9 +156,13 @@ class BasePluginBlock(nn.Module, metaclass=_AttachWhenBuilt):
             held.clear()
         self.attached = False
 
-    def _hook(self, module: nn.Module, method: str, *, pre: bool, idx: int = 0, always: bool = False) -> None:
-        """Plan a hook; it runs from attachment on."""
-        self._hooks.append(PluginHook(self, module, method, pre=pre, idx=idx, always=always))
+    def _hook(
+        self, module: nn.Module, method: str, *, pre: bool, idx: int = 0, always: bool = False, first: bool = False
+    ) -> None:
+        """Plan a hook; it runs from attachment on, with `first` ahead of those that the module has by then."""
+        hook = PluginHook(self, module, method, pre=pre, idx=idx, always=always, first=first)
+        # Each takes the head of the queue, so the last to be attached is the first to run.
+        self._hooks.insert(0 if first else len(self._hooks), hook)
 
     def _graft(self, parent: nn.Module, name: str, module: nn.Module) -> None:
         """Plan a child for another module than the plugin: for keys that a checkpoint's layout demands there."""

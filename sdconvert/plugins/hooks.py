@@ -16,6 +16,7 @@ class PluginHook:
         pre: Run before the module's forward rather than after it.
         idx: Handed to the method.
         always: Run after the forward even if it raised.
+        first: Run ahead of the hooks that the module has when this one is attached.
     """
 
     def __init__(
@@ -27,6 +28,7 @@ class PluginHook:
         pre: bool,
         idx: int = 0,
         always: bool = False,
+        first: bool = False,
     ) -> None:
         self.plugin = plugin
         self.module = module
@@ -34,14 +36,12 @@ class PluginHook:
         self.pre = pre
         self.idx = idx
         self.always = always
+        self.first = first
         self._handle: RemovableHandle | None = None
 
     def attach(self) -> None:
         """Start to run."""
-        if self.pre:
-            self._handle = self.module.register_forward_pre_hook(self, with_kwargs=True)
-        else:
-            self._handle = self.module.register_forward_hook(self, with_kwargs=True, always_call=self.always)
+        self._register(prepend=self.first)
 
     def detach(self) -> None:
         """Stop running."""
@@ -53,7 +53,15 @@ class PluginHook:
         """Run on another module from now on."""
         self.detach()
         self.module = module
-        self.attach()
+        self._register(prepend=False)  # whoever moves several hooks does so in the order in which they run
+
+    def _register(self, *, prepend: bool) -> None:
+        if self.pre:
+            self._handle = self.module.register_forward_pre_hook(self, with_kwargs=True, prepend=prepend)
+        else:
+            self._handle = self.module.register_forward_hook(
+                self, with_kwargs=True, always_call=self.always, prepend=prepend
+            )
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any = None) -> Any:
         """What torch calls."""

@@ -6,6 +6,7 @@ belongs into buffers.
 """
 
 import copy
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -35,11 +36,11 @@ class LinkedPlugin(BasePluginBlock):
         """Combine what a from-layer gave when it runs twice in one call; by default the later one wins."""
         return later
 
-    def _link(self, links: Iterable[tuple[LayerMatch, str, int]]) -> None:
-        """Plan the hooks of (layer, method, idx) inside the scope of one call."""
-        self._hook(self.host_model, "_begin_call", pre=True)
+    def _link(self, links: Iterable[tuple[LayerMatch, str, int]], *, first: bool = False) -> None:
+        """Plan the hooks of (layer, method, idx) inside the scope of one call; see `_hook` for `first`."""
+        self._hook(self.host_model, "_begin_call", pre=True, first=first)
         for layer, method, idx in links:
-            self._hook(layer.module, method, pre=layer.pre_hook, idx=idx)
+            self._hook(layer.module, method, pre=layer.pre_hook, idx=idx, first=first and layer.pre_hook)
         self._hook(self.host_model, "_end_call", pre=False, always=True)
 
     def _begin_call(self, *_: Any) -> None:
@@ -109,17 +110,28 @@ def model_of(layers: Sequence[Layer], host_model: nn.Module | None) -> nn.Module
 def located(layer: Layer, model: nn.Module) -> LayerMatch:
     """A layer as `model` has it now: with its path, and in its container if it has got one meanwhile.
 
+    A layer that was found in this model is looked up at its path; only another one takes a search of the whole model.
+
     Raises:
         PluginError: The model does not contain it.
     """
     module = unwrap(layer["layer"])
-    for path, candidate in iter_layers(model):
-        if unwrap(candidate) is module:
+    known = [(layer.path, _at(layer.path, model))] if isinstance(layer, LayerMatch) and layer.model is model else []
+    for path, candidate in itertools.chain(known, iter_layers(model)):
+        if candidate is not None and unwrap(candidate) is module:
             return LayerMatch(path, candidate, bool(layer["pre_hook"]), model)
     raise PluginError(
         f"{type(model).__name__} contains no such {type(module).__name__}",
         hint="find layers in the model itself: match_layers(selectors, model)",
     )
+
+
+def _at(path: str, model: nn.Module) -> nn.Module | None:
+    """The module at a path of the model without its plugins; None if there is none."""
+    module: nn.Module | None = model
+    for name in path.split(".") if path else ():
+        module = unwrap(module)._modules.get(name) if module is not None else None
+    return module
 
 
 def paths_of(layers: Sequence[LayerMatch]) -> str:

@@ -23,6 +23,7 @@ class MultiPluginBlock(LinkedPlugin):
         from_layers: From `match_layers`, or `{"layer": module, "pre_hook": bool}` each.
         to_layers: Likewise.
         host_model: Whose call is the scope of the features.
+        first: Meet inputs ahead of the plugins that are there already, so that they see what this one makes of them.
 
     Raises:
         PluginError: The model is not known, or does not contain a layer.
@@ -34,6 +35,8 @@ class MultiPluginBlock(LinkedPlugin):
         from_layers: Sequence[Layer],
         to_layers: Sequence[Layer],
         host_model: nn.Module | None = None,
+        *,
+        first: bool = False,
     ) -> None:
         root = model_of([*from_layers, *to_layers], host_model)
         super().__init__(name, root, root)
@@ -44,7 +47,8 @@ class MultiPluginBlock(LinkedPlugin):
         self.feat_to: Any = None
         self._link(
             [(layer, "_from_hook", idx) for idx, layer in enumerate(sources)]
-            + [(layer, "_to_hook", idx) for idx, layer in enumerate(targets)]
+            + [(layer, "_to_hook", idx) for idx, layer in enumerate(targets)],
+            first=first,
         )
 
     @classmethod

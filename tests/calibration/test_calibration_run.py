@@ -16,9 +16,11 @@ from sdconvert.calibration.run import record_sizes
 from sdconvert.calibration.stage import CalibrationStage
 from sdconvert.checkpoint.artifact import CheckpointArtifact
 from sdconvert.config import Recipe
+from sdconvert.errors import BudgetError
 from sdconvert.io.degradation import degrade
 from sdconvert.pipelines.backend import graph_adapters
 from sdconvert.pipelines.pasd import PASDPipeline
+from sdconvert.pipelines.residency import ModelResidency
 from sdconvert.pipelines.sampling import sampling_arguments
 from sdconvert.stages import StageContext
 
@@ -53,9 +55,10 @@ def calibrate_in(root: Path, run_folder: RunFolder) -> Calibrate:
     """What runs the stage, and gives the folder that it wrote and its metrics."""
     (root / "10-checkpoint").symlink_to(run_folder.stage_folder("10-checkpoint"))
 
-    def run(name: str = "out", fingerprint: str = "0") -> tuple[Path, dict[str, Any]]:
+    def run(name: str = "out", fingerprint: str = "0", **calibration: Any) -> tuple[Path, dict[str, Any]]:
         (root / name).mkdir()
-        context = StageContext(RECIPE, root / name, RunFolder(root), Silent(), fingerprint)
+        recipe = RECIPE.model_copy(update={"calibration": RECIPE.calibration.model_copy(update=calibration)})
+        context = StageContext(recipe, root / name, RunFolder(root), Silent(), fingerprint)
         return root / name, CalibrationStage().run(context)
 
     return run
@@ -80,8 +83,9 @@ class Calls:
         self.in_memory: dict[str, set[frozenset[str]]] = {}
         original = CheckpointArtifact.pipeline
 
-        def pipeline(artifact: CheckpointArtifact) -> PASDPipeline:
-            pipe = original(artifact)
+        def pipeline(artifact: CheckpointArtifact, residency: ModelResidency) -> PASDPipeline:
+            pipe = original(artifact, residency)
+            self.residency = residency
             parts = {
                 "text_encoder": pipe.text_encoder,
                 "vae.encoder": pipe.vae.encoder,
@@ -154,6 +158,43 @@ def test_d8_text_encoder_and_vae_run_once_per_sample_and_are_dropped_before_the_
         "unet": {frozenset({"unet", "controlnet"})},
         "vae.decoder": {frozenset({"vae"})},
     }
+
+
+@pytest.fixture(scope="module")
+def needed(run_folder: RunFolder) -> dict[str, int]:
+    """Bytes of the weights that are called together, by the first of them."""
+    pipe = CheckpointArtifact(run_folder.stage_folder("10-checkpoint")).pipeline()
+    together = (("text_encoder",), ("vae",), ("unet", "controlnet"))
+    return {
+        names[0]: sum(tensor.nbytes for name in names for tensor in getattr(pipe, name).state_dict().values())
+        for names in together
+    }
+
+
+def test_d8_a_limit_that_the_largest_models_fit_gives_the_same_and_is_kept(
+    calibrate: Calibrate,
+    whole: tuple[Path, dict[str, Any]],
+    needed: dict[str, int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    calls = Calls(monkeypatch)
+    limit = max(needed.values())
+    assert needed["unet"] == limit < sum(needed.values())
+    out, metrics = calibrate(memory_limit=limit)
+    assert (sha256_folder(out), metrics) == (sha256_folder(whole[0]), whole[1])
+    assert calls.in_memory["unet"] == {frozenset({"unet", "controlnet"})}
+    assert calls.in_memory["vae.encoder"] == {frozenset({"text_encoder", "vae"})}, "what fits stays"
+    assert calls.residency.memory_bytes <= limit, "nothing is brought back when all is done"
+
+
+def test_d8_a_limit_below_the_largest_models_is_refused_with_what_would_fit(
+    calibrate: Calibrate, needed: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = Calls(monkeypatch)
+    with pytest.raises(BudgetError, match=rf"need {needed['unet']} bytes \(unet \d+, controlnet \d+\)") as caught:
+        calibrate(memory_limit=needed["unet"] - 1)
+    assert f"memory_limit to at least {needed['unet']}" in caught.value.hint
+    assert calls.counts == {}, "before anything is computed"
 
 
 @pytest.mark.parametrize("dies_after", [1, 7])

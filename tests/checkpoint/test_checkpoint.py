@@ -64,9 +64,12 @@ def truncate(folder: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1000])
 
 
+def rewrite(config: Path, **changes: object) -> None:
+    config.write_text(json.dumps(json.loads(config.read_text()) | changes))
+
+
 def narrow(folder: Path) -> None:
-    path = folder / "controlnet" / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"cross_attention_dim": 32}))
+    rewrite(folder / "controlnet" / "config.json", cross_attention_dim=32)
 
 
 def unplug(folder: Path) -> None:
@@ -95,6 +98,24 @@ def test_a_damaged_folder_is_refused_by_name_and_the_next_run_goes_on(
     shutil.rmtree(folder)
     shutil.copytree(asset_path("pasd_tiny"), folder)
     assert read(folder, build).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"_class_name": "EulerAncestralDiscreteScheduler"}, "no scheduler covers EulerAncestralDiscreteScheduler"),
+        ({"clip_sample": True}, "no table of coefficients expresses DDIMScheduler with clip_sample=True"),
+    ],
+)
+def test_a_sampler_that_no_device_can_replay_is_refused_at_once(
+    folder: Path, tmp_path: Path, read: Read, change: dict[str, object], message: str
+) -> None:
+    rewrite(folder / "scheduler" / "scheduler_config.json", **change)
+    refused = read(folder, tmp_path / "build")
+    assert refused.returncode == 2, refused.stderr
+    assert message in refused.stderr
+    assert "hint:" in refused.stderr
+    assert not list((tmp_path / "build").rglob("10-checkpoint*"))
 
 
 def test_a_folder_that_does_not_exist_is_refused(tmp_path: Path, read: Read) -> None:

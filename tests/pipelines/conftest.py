@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, ControlNetModel, DDIMScheduler, UNet2DConditionModel
+from diffusers import ControlNetModel, DDIMScheduler, UNet2DConditionModel
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from tiny_parts import BYTES, text_config, vae, without_zeros
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel
+from transformers import CLIPTextModel
 
 from sdconvert.pipelines.pasd import PASDPipeline
 
@@ -34,12 +35,13 @@ def pasd_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("pasd")
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        _save(_unet(), folder / "unet")
+        without_zeros(_unet()).save_pretrained(folder / "unet")
         controlnet = ControlNetModel(**COMMON, conditioning_embedding_out_channels=(8, 16, 32))
         controlnet.register_to_config(return_rgbs=False, use_rrdb=False)
-        _save(controlnet, folder / "controlnet")
-        _save(_vae(), folder / "vae")
-        _save(CLIPTextModel(_text_config()), folder / "text_encoder")
+        without_zeros(controlnet).save_pretrained(folder / "controlnet")
+        without_zeros(vae(8, 16, 16)).save_pretrained(folder / "vae")
+        text_encoder = CLIPTextModel(text_config(32, heads=4, **BYTES))
+        without_zeros(text_encoder).save_pretrained(folder / "text_encoder")
     _write_tokenizer(folder / "tokenizer")
     DDIMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, clip_sample=False).save_pretrained(
         folder / "scheduler"
@@ -73,13 +75,6 @@ def no_grad() -> Iterator[None]:
         yield
 
 
-def _save(model: nn.Module, folder: Path) -> None:
-    for parameter in model.parameters():
-        if not parameter.any():  # zero convolutions would switch their branch off
-            nn.init.normal_(parameter, std=0.05)
-    model.save_pretrained(folder)
-
-
 def _unet() -> UNet2DConditionModel:
     unet = UNet2DConditionModel(**COMMON, up_block_types=UP_BLOCKS, sample_size=8)
     for block in unet.up_blocks:
@@ -95,30 +90,6 @@ def _unet() -> UNet2DConditionModel:
             for channels in pixel_channels
         )
     return unet
-
-
-def _vae() -> AutoencoderKL:
-    return AutoencoderKL(
-        block_out_channels=(8, 16, 16),
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
-        norm_num_groups=4,
-        sample_size=32,
-    )
-
-
-def _text_config() -> CLIPTextConfig:
-    return CLIPTextConfig(
-        vocab_size=514,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=16,
-        bos_token_id=512,
-        eos_token_id=513,
-        pad_token_id=513,
-    )
 
 
 def _write_tokenizer(folder: Path) -> None:

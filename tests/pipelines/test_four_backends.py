@@ -9,8 +9,9 @@ import onnx
 import pytest
 import torch
 from static_graphs import SMALL_CONTROLNET, SMALL_UNET, vae_case
+from tiny_parts import BYTES, text_config, without_zeros
 from torch import Tensor
-from transformers import CLIPTextConfig, CLIPTextModel
+from transformers import CLIPTextModel
 
 from sdconvert.adapters import ModelAdapter, Tensors
 from sdconvert.export.aimet import to_onnx
@@ -45,20 +46,8 @@ class Bench:
         with torch.random.fork_rng():
             torch.manual_seed(0)
             unet, controlnet = build_pasd(SMALL_UNET, SMALL_CONTROLNET)
-            for parameter in controlnet.parameters():
-                if not parameter.any():  # zero convolutions would switch the control off
-                    torch.nn.init.normal_(parameter, std=0.05)
-            text = CLIPTextConfig(
-                vocab_size=514,
-                hidden_size=12,
-                intermediate_size=24,
-                num_hidden_layers=2,
-                num_attention_heads=2,
-                max_position_embeddings=16,
-                eos_token_id=513,
-            )
-            models = {"unet": unet.eval(), "controlnet": controlnet.eval(), "vae": vae_case().adapter.model}
-            encoder = CLIPTextModel(text).eval()
+            models = {"unet": unet.eval(), "controlnet": without_zeros(controlnet), "vae": vae_case().adapter.model}
+            encoder = CLIPTextModel(text_config(12, **BYTES)).eval()
         self.pipe = PASDPipeline(**models, text_encoder=encoder, tokenizer=tokenizer, scheduler=scheduler)
         self.models = {graph: getattr(self.pipe, graph) for graph in GRAPHS}
         self.adapters = {name: one for name, one in graph_adapters(self.pipe, 1.0).items() if name in GRAPHS}

@@ -9,11 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from torch import Tensor
+from transformers import CLIPTextModel, CLIPTokenizer
 
 from sdconvert.errors import CheckpointError, MissingModelError, SdconvertError, UnsupportedModelError, UsageError
 from sdconvert.io.tensors import load_tensors, save_tensors
+from sdconvert.models.pasd import load_pasd
 from sdconvert.pipelines.layouts import FAMILIES, build_on_meta, find_family, layout, recognized
 from sdconvert.pipelines.model_config import ModelConfig
 from sdconvert.pipelines.model_pool import ModelPool, pool_models
@@ -55,9 +57,21 @@ def assert_same(model: torch.nn.Module, file: Path) -> None:
     assert not any(parameter.requires_grad for parameter in model.parameters())
 
 
-def test_d11_a_diffusers_folder(pasd_folder: Path, loaded: PASDPipeline, image: Tensor, offline: None) -> None:
+def test_d11_a_diffusers_folder(pasd_folder: Path, image: Tensor, offline: None) -> None:
+    """What the stock loaders and PASD's own read, bit for bit."""
+    unet, controlnet = load_pasd(pasd_folder)
+    stock = PASDPipeline(
+        unet=unet,
+        controlnet=controlnet,
+        vae=AutoencoderKL.from_pretrained(pasd_folder / "vae", low_cpu_mem_usage=False),
+        text_encoder=CLIPTextModel.from_pretrained(pasd_folder / "text_encoder"),
+        tokenizer=CLIPTokenizer.from_pretrained(pasd_folder / "tokenizer"),
+        scheduler=DDIMScheduler.from_pretrained(pasd_folder / "scheduler"),
+    )
+    expected = stock(image, **REQUEST)
+    assert torch.equal(PASDPipeline.from_pretrained(pasd_folder)(image, **REQUEST), expected)
     pipe = PASDPipeline.from_pretrained(model_configs=[ModelConfig(pasd_folder)])
-    assert torch.equal(pipe(image, **REQUEST), loaded(image, **REQUEST))
+    assert torch.equal(pipe(image, **REQUEST), expected)
 
 
 def test_d11_component_folders(pasd_folder: Path, loaded: PASDPipeline, image: Tensor, offline: None) -> None:
@@ -130,8 +144,8 @@ def _truncate(file: Path) -> None:
     [
         (lambda folder: _truncate(folder / WEIGHTS), "cannot be read as .safetensors"),
         (lambda folder: (folder / WEIGHTS).unlink(), "holds neither"),
-        (lambda folder: (folder / "config.json").write_text("{"), "cannot read .*config.json"),
-        (lambda folder: (folder / "config.json").write_text("[]"), "holds a list, no object"),
+        (lambda folder: (folder / "config.json").write_text("{"), r"config\.json` cannot be read"),
+        (lambda folder: (folder / "config.json").write_text("[]"), "holds a list, not an object"),
         (shutil.rmtree, "does not exist"),
     ],
 )
@@ -249,3 +263,15 @@ def test_d7_with_residency_weights_stay_on_the_disk_until_called(
     assert residency.memory_bytes == 0
     assert torch.equal(pipe(image, **REQUEST), loaded(image, **REQUEST))
     assert not (tmp_path / "offload").exists(), "the model's own files are read, and nothing is written"
+
+
+def test_d7_what_is_no_single_file_is_written_as_one_before_the_next_model_comes_in(
+    pasd_folder: Path, sharded: Path, tmp_path: Path
+) -> None:
+    residency = ModelResidency(folder=tmp_path / "offload")
+    pool = pool_models([ModelConfig(sharded), ModelConfig(pasd_folder / "unet")], residency=residency)
+    assert residency.states == {"vae": "offload", "unet": "offload"}
+    assert residency.memory_bytes == 0
+    assert [file.name for file in (tmp_path / "offload").iterdir()] == ["vae.safetensors"]
+    residency.load(["vae"])
+    assert_same(pool.fetch_model("vae"), pasd_folder / "vae" / WEIGHTS)

@@ -1,5 +1,6 @@
 """Our pipelines against diffusers' own: the same weights, prompts and seeds give the same latents and pictures."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -223,6 +224,14 @@ def test_tiles_have_one_static_size(original: Any, pipeline_class: Any) -> None:
 def test_a_request_that_cannot_be_met_is_refused(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         ours(controlnet(), StableDiffusionPipeline)(**PROMPT | arguments)
+
+
+@pytest.mark.parametrize(("original", "pipeline_class"), CASES)
+def test_an_unknown_argument_is_refused_by_name(original: Any, pipeline_class: Any) -> None:
+    with pytest.raises(TypeError, match="latent_tiles"):
+        ours(original(), pipeline_class)(**PROMPT, latent_tiles=8)
+    with pytest.raises(TypeError, match="tokeniser"):
+        ours(SimpleNamespace(components=original().components | {"tokeniser": None}), pipeline_class)
 
 
 def test_sdxl_refuses_what_it_would_not_heed() -> None:

@@ -60,7 +60,6 @@ def by_hand(
         noise = torch.randn(latents.shape, generator=generator)
         forward = DDIMScheduler.from_config(scheduler.config)
         latents = forward.add_noise(latents, noise, torch.tensor([level]))
-    latents = latents * scheduler.init_noise_sigma
     for timestep in scheduler.timesteps:
         sample = scheduler.scale_model_input(latents, timestep).repeat(2, 1, 1, 1)
         _, down, mid = pipe.controlnet(
@@ -249,6 +248,11 @@ def test_a_request_out_of_range_or_without_effect_is_refused(
 ) -> None:
     with pytest.raises(UsageError, match=message):
         pipe(image, **{**SETTINGS, **arguments})
+
+
+def test_an_unknown_argument_is_refused_by_name(pipe: PASDPipeline, image: Tensor) -> None:
+    with pytest.raises(TypeError, match="latent_tiles"):
+        pipe(image, **SETTINGS, latent_tiles=8)
 
 
 def test_a_prompt_that_is_too_long_warns(pipe: PASDPipeline, image: Tensor, caplog: pytest.LogCaptureFixture) -> None:

@@ -1,21 +1,28 @@
 """The units of PASD one by one: sizes, ranges, noise."""
 
 import logging
-from pathlib import Path
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, UNet2DConditionModel, UniPCMultistepScheduler
+from diffusers import (
+    DDIMScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    UNet2DConditionModel,
+    UniPCMultistepScheduler,
+)
 from torch import Tensor
 
-from sdconvert.errors import UsageError
+from sdconvert.errors import UnsupportedSchedulerError, UsageError
 from sdconvert.io.degradation import enlarge
 from sdconvert.pipelines.pasd import PASDPipeline
 from sdconvert.pipelines.pasd_units import (
     ControlImageEncoder,
     ImagePreprocessor,
+    LatentsInitializer,
     ShapeChecker,
-    add_noise,
 )
 from sdconvert.pipelines.shape import sampling_shape
 
@@ -123,20 +130,52 @@ def test_the_enlargement_is_the_projects_bicubic_baseline_and_the_padding_repeat
     assert torch.equal(upsampled[..., 32:, :], upsampled[..., 31:32, :].expand(-1, -1, 8, -1))
 
 
-def test_a_noise_level_means_the_training_timestep_also_between_the_sampled_ones(pasd_folder: Path) -> None:
-    reference = DDIMScheduler.from_pretrained(pasd_folder / "scheduler")
-    unipc = UniPCMultistepScheduler.from_config(reference.config)
-    unipc.set_timesteps(20)
+Start = Callable[..., tuple[Tensor, Tensor, Tensor]]
+
+
+@pytest.fixture
+def start(pipe: PASDPipeline, no_grad: None) -> Start:
+    """What runs the unit with a scheduler: the clean latents, the noises, and the latents that it starts from."""
+
+    def run(scheduler: Any, steps: int, level: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        scheduler.set_timesteps(steps)
+        picture = 2 * torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0)) - 1
+        posterior, *noises = torch.randn(3, 1, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+        added = {} if level is None else {"added_noise": noises[1], "added_noise_level": level}
+        found = LatentsInitializer().process(pipe, picture, posterior, noises[0], scheduler, **added)["latents"]
+        encoded = pipe.vae.encode(picture).latent_dist
+        return (encoded.mean + encoded.std * posterior) * pipe.scaling_factor, torch.stack(noises), found
+
+    return run
+
+
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
+@pytest.mark.parametrize("scheduler_class", [DDIMScheduler, EulerDiscreteScheduler, UniPCMultistepScheduler])
+def test_sampling_starts_where_the_sampler_takes_the_latents_to_be(
+    pipe: PASDPipeline, start: Start, scheduler_class: Any, spacing: str
+) -> None:
+    """Scaled by `init_noise_sigma`, Euler's would have 0.2 % too little of the picture in two of the spacings."""
+    scheduler = scheduler_class.from_config(pipe.scheduler.config, timestep_spacing=spacing)
+    clean, (noise, _), found = start(scheduler, 5)
+    torch.testing.assert_close(found, scheduler.add_noise(clean, noise, scheduler.timesteps[:1]), rtol=1e-5, atol=1e-5)
+
+
+def test_a_noise_level_means_the_training_timestep_also_between_the_sampled_ones(
+    pipe: PASDPipeline, start: Start
+) -> None:
+    reference = DDIMScheduler.from_config(pipe.scheduler.config)
+    unipc = UniPCMultistepScheduler.from_config(pipe.scheduler.config)
+    clean, noises, found = start(unipc, 20, 900)
     assert 900 not in unipc.timesteps
-    latents, noise = torch.randn(2, 1, 4, 8, 8)
-    expected = reference.add_noise(latents, noise, torch.tensor([900]))
-    torch.testing.assert_close(add_noise(latents, noise, 900, unipc.alphas_cumprod), expected)
+    expected = clean
+    for noise, level in zip(noises, (int(unipc.timesteps[0]), 900), strict=True):
+        expected = reference.add_noise(expected, noise, torch.tensor([level]))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     # What diffusers' UniPC does instead: the last entry of the schedule, where hardly any noise is left.
-    assert not torch.allclose(unipc.add_noise(latents, noise, torch.tensor([900])), expected, atol=0.1)
+    assert not torch.allclose(unipc.add_noise(clean, noises[1], torch.tensor([900])), expected, atol=0.1)
 
 
-def test_a_noise_level_outside_training_is_refused(pasd_folder: Path) -> None:
-    scheduler = DDIMScheduler.from_pretrained(pasd_folder / "scheduler")
-    for level in (-1, 1000):
-        with pytest.raises(UsageError, match=f"noise level {level}"):
-            add_noise(torch.zeros(1), torch.zeros(1), level, scheduler.alphas_cumprod)
+def test_a_sampler_whose_start_nobody_knows_is_refused(pipe: PASDPipeline, image: Tensor) -> None:
+    pipe.scheduler = EulerAncestralDiscreteScheduler.from_config(pipe.scheduler.config)
+    with pytest.raises(UnsupportedSchedulerError, match="no scheduler covers EulerAncestralDiscreteScheduler; known:"):
+        pipe(image, prompt="a cat", num_inference_steps=2)

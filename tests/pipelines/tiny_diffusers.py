@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 from diffusers import (
-    AutoencoderKL,
     ControlNetModel,
     DDIMScheduler,
     DPMSolverMultistepScheduler,
@@ -18,8 +17,8 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
+from tiny_parts import text_config, vae, without_zeros
 from transformers import (
-    CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
@@ -38,6 +37,7 @@ BLOCKS: dict[str, Any] = {
     "block_out_channels": (8, 16),
     "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
 }
+CLIP_TOKENS = {"bos_token_id": 49406, "eos_token_id": 49407, "pad_token_id": 49407}
 UP: dict[str, Any] = {"up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D")}
 # As stabilityai/stable-diffusion-xl-base-1.0 has them: no attention in the first block, several transformer layers.
 SDXL: dict[str, Any] = BLOCKS | {
@@ -84,11 +84,10 @@ def controlnet() -> StableDiffusionControlNetPipeline:
         attention_head_dim=2,
         conditioning_embedding_out_channels=(8, 16),
     )
-    for parameter in model.parameters():
-        if not parameter.any():
-            torch.nn.init.normal_(parameter, std=0.05)
     parts = {name: part for name, part in sd15().components.items() if name != "image_encoder"}
-    return StableDiffusionControlNetPipeline(**parts, controlnet=model.eval(), requires_safety_checker=False)
+    return StableDiffusionControlNetPipeline(
+        **parts, controlnet=without_zeros(model).eval(), requires_safety_checker=False
+    )
 
 
 @cache
@@ -97,11 +96,11 @@ def sdxl() -> StableDiffusionXLPipeline:
     torch.manual_seed(3)
     unet = UNet2DConditionModel(**SDXL, up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"))
     encoders = [
-        cls(_text_config(hidden_act, projection_dim=12)).eval()
+        cls(text_config(16, layers=3, hidden_act=hidden_act, projection_dim=12, **CLIP_TOKENS)).eval()
         for cls, hidden_act in ((CLIPTextModel, "quick_gelu"), (CLIPTextModelWithProjection, "gelu"))
     ]
     pipe = StableDiffusionXLPipeline(
-        vae=_vae(),
+        vae=vae(8, 8),
         unet=unet.eval(),
         text_encoder=encoders[0],
         text_encoder_2=encoders[1],
@@ -133,7 +132,7 @@ def pixart(sample_size: int = 8) -> PixArtAlphaPipeline:
     pipe = PixArtAlphaPipeline(
         tokenizer=t5_tokenizer(),
         text_encoder=T5EncoderModel(config).eval(),
-        vae=_vae(),
+        vae=vae(8, 8),
         transformer=transformer.eval(),
         # Starting from the last timestep, where 1/sqrt(alphas_cumprod) is 157, an untrained model's latents explode.
         scheduler=DPMSolverMultistepScheduler(beta_start=0.0001, beta_end=0.02, timestep_spacing="leading"),
@@ -154,8 +153,10 @@ def t5_tokenizer() -> T5Tokenizer:
 
 def _stable_diffusion(unet: UNet2DConditionModel, hidden_act: str, scheduler: Any) -> StableDiffusionPipeline:
     pipe = StableDiffusionPipeline(
-        vae=_vae(),
-        text_encoder=CLIPTextModel(_text_config(hidden_act)).eval(),
+        vae=vae(8, 8),
+        text_encoder=CLIPTextModel(
+            text_config(16, layers=3, hidden_act=hidden_act, projection_dim=16, **CLIP_TOKENS)
+        ).eval(),
         tokenizer=clip_tokenizer(),
         unet=unet.eval(),
         scheduler=scheduler,
@@ -169,27 +170,3 @@ def _stable_diffusion(unet: UNet2DConditionModel, hidden_act: str, scheduler: An
 def _silent(pipe: Any) -> Any:
     pipe.set_progress_bar_config(disable=True)
     return pipe
-
-
-def _vae() -> AutoencoderKL:
-    vae: AutoencoderKL = AutoencoderKL(
-        block_out_channels=(8, 8),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        norm_num_groups=4,
-    )
-    return vae.eval()
-
-
-def _text_config(hidden_act: str, projection_dim: int = 16) -> CLIPTextConfig:
-    return CLIPTextConfig(
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        hidden_act=hidden_act,
-        projection_dim=projection_dim,
-        bos_token_id=49406,
-        eos_token_id=49407,
-        pad_token_id=49407,
-    )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sdconvert.errors import PluginError
-from sdconvert.plugins import ExecutionOrderError, MultiPluginBlock, PluginBlock, match_layers
+from sdconvert.plugins import ExecutionOrderError, MultiPluginBlock, PatchPluginBlock, PluginBlock, match_layers
 
 X = torch.linspace(-1, 1, 6).reshape(2, 3)
 
@@ -201,3 +201,48 @@ def test_plain_dicts_need_the_host_model() -> None:
         Add("add", layers[0], {"layer": nn.Linear(3, 3), "pre_hook": False}, host_model=model)
     expected = Add("add", *layers, host_model=model)
     assert (expected.from_path, expected.to_path) == ("a", "c")
+
+
+def test_a_match_is_found_again_at_its_own_path() -> None:
+    """Also where another path leads to the same layer, a container has taken its place, or another layer has."""
+    model = Model()
+    model.b = model.a
+    assert Add("add", *match_layers(["b", "c"], model)).from_path == "b"
+    layers = match_layers(["a", "c"], model)
+    PatchPluginBlock("patch", model.c, host_model=model)
+    plugin = Add("late", *layers)
+    assert plugin.to_path == "c"
+    assert [hook.module for hook in plugin._hooks if hook.method == "_to_hook"] == [model.c]
+    model.a = nn.Linear(3, 3)
+    assert Add("later", *layers).from_path == "b", "where it has gone"
+    model.b = nn.Linear(3, 3)
+    with pytest.raises(PluginError, match="Model contains no such Linear"):
+        Add("last", *layers)
+
+
+class Meets(MultiPluginBlock):
+    """Notes when it meets an input of layer `a`, twice per call."""
+
+    def __init__(self, name: str, model: Model, met: list[str], *, first: bool) -> None:
+        layers = match_layers("pre_hook:a", model)
+        super().__init__(name, layers, layers, host_model=model, first=first)
+        self.met = met
+
+    def from_layer_hook(self, host: nn.Module, fea_in: Any, fea_out: Any, idx: int) -> None:
+        self.met.append(f"{self.name}:from")
+
+    def to_layer_hook(self, host: nn.Module, fea_in: Any, fea_out: Any, idx: int) -> None:
+        self.met.append(f"{self.name}:to")
+
+
+def test_a_plugin_meets_inputs_ahead_of_those_before_it_if_it_asks_for_that() -> None:
+    model, met = Model(), list[str]()
+    for name, first in (("one", False), ("two", True), ("three", False), ("four", True)):
+        Meets(name, model, met, first=first)
+    expected = [f"{name}:{what}" for name in ("four", "two", "one", "three") for what in ("from", "to")]
+    model(X)
+    assert met == expected
+    PatchPluginBlock("patch", model.a, host_model=model)  # takes the layer's place and its hooks
+    met.clear()
+    model(X)
+    assert met == expected

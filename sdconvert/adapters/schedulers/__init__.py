@@ -7,7 +7,13 @@ from sdconvert.adapters.schedulers import (
     scheduling_pndm,
     scheduling_unipc_multistep,
 )
-from sdconvert.adapters.schedulers.base import SchedulerAdapter, SchedulerRegistry, require_expressible, scheduler_spec
+from sdconvert.adapters.schedulers.base import (
+    SchedulerAdapter,
+    SchedulerRegistry,
+    noisings_of,
+    require_expressible,
+    scheduler_spec,
+)
 from sdconvert.adapters.schedulers.spec import Noising, Replay, SchedulerSpec, SchedulerStep, replay, start_from
 
 __all__ = [
@@ -17,6 +23,7 @@ __all__ = [
     "SchedulerRegistry",
     "SchedulerSpec",
     "SchedulerStep",
+    "noisings_of",
     "replay",
     "require_expressible",
     "scheduler_spec",

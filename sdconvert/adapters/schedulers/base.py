@@ -85,8 +85,7 @@ class SchedulerAdapter(ABC):
         949 are two, 900 is none, so PASD's pinned version noises as for timestep 50 (α 0.9755 instead of 0.1190,
         measured), and the number asked for changes nothing. Following that would keep a request without effect, and
         make the bundle depend on the version of diffusers that wrote it. What is decided here is what PASD's authors
-        ran when they published (0.20), what the networks' training means by a timestep, and what `add_noise` of the
-        pipelines does.
+        ran when they published (0.20), and what the networks' training means by a timestep.
 
         Raises:
             UsageError: The level is no timestep of the training schedule.
@@ -179,6 +178,20 @@ def scheduler_spec(scheduler: Any, num_inference_steps: int, *, added_noise_leve
     spec = adapter_class(exact).spec(added_noise_level)
     _check_against(exact, spec)
     return spec
+
+
+def noisings_of(scheduler: Any, *, added_noise_level: int | None = None) -> tuple[Noising, ...]:
+    """The forward diffusion of a picture to where a scheduler begins; the same numbers as in its table.
+
+    Args:
+        scheduler: With its timesteps set; any class that `SchedulerRegistry` covers. It is left as it is.
+        added_noise_level: Timestep of PASD's second noising; see `SchedulerAdapter.noisings`.
+
+    Raises:
+        UnsupportedSchedulerError: Its class is unknown.
+        UsageError: The noise level is out of range.
+    """
+    return SchedulerRegistry.lookup(type(scheduler))(_in_float64(scheduler)).noisings(added_noise_level)
 
 
 def require_expressible(scheduler: Any) -> type[SchedulerAdapter]:

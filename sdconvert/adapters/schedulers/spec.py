@@ -166,21 +166,21 @@ def replay(spec: SchedulerSpec, model: Callable[[Array, float], Array], latents:
     return result
 
 
-def start_from(spec: SchedulerSpec, latents: Array, noises: Sequence[Array]) -> Array:
-    """Noise clean latents to where the table begins.
+def start_from(noisings: Sequence[Noising], latents: Array, noises: Sequence[Array]) -> Array:
+    """Noise clean latents to where a sampler begins.
 
     Args:
-        spec: The table.
+        noisings: Of its table.
         latents: Clean latents, (…).
-        noises: Unit noise of the same shape, one for each of `spec.noisings`.
+        noises: Unit noise of the same shape, one for each of `noisings`.
 
     Raises:
         UsageError: There are more or fewer noises than noisings.
     """
-    if len(noises) != len(spec.noisings):
-        raise UsageError(f"{len(noises)} noises for {len(spec.noisings)} noisings", hint="draw one for each")
+    if len(noises) != len(noisings):
+        raise UsageError(f"{len(noises)} noises for {len(noisings)} noisings", hint="draw one for each")
     result: Any = latents
-    for noising, noise in zip(spec.noisings, noises, strict=True):
+    for noising, noise in zip(noisings, noises, strict=True):
         result = noising.signal * result + noising.noise * noise
     noised: Array = result
     return noised

@@ -95,12 +95,12 @@ def test_a_picture_starts_at_the_first_timestep(spacing: str) -> None:
         spec = scheduler_spec(scheduler, 5)
         scheduler.set_timesteps(5)
         expected = scheduler.add_noise(latents, noise, scheduler.timesteps[:1])
-        torch.testing.assert_close(start_from(spec, latents, [noise]), expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(start_from(spec.noisings, latents, [noise]), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_noises_must_be_as_many_as_noisings(spec: SchedulerSpec) -> None:
     with pytest.raises(UsageError, match="1 noises for 2 noisings"):
-        start_from(spec, torch.zeros(1), [torch.zeros(1)])
+        start_from(spec.noisings, torch.zeros(1), [torch.zeros(1)])
 
 
 def test_a_replay_goes_step_by_step(spec: SchedulerSpec) -> None:
