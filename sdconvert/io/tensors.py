@@ -14,9 +14,9 @@ from torch import Tensor
 
 from sdconvert.artifacts import atomic_file, disk_full, is_disk_full
 from sdconvert.errors import CheckpointError, UsageError
+from sdconvert.io.stored_tensor import damaged
+from sdconvert.io.weights_index import WEIGHTS_SUFFIXES, read_index, require_weights_file
 
-_PICKLES = (".bin", ".pt", ".pth")
-_SUFFIXES = (".safetensors", *_PICKLES)
 _MAPPED_BYTES = 16 << 20  # of a file that is read tensor by tensor
 
 
@@ -30,14 +30,14 @@ def load_tensors(path: Path, *, dtype: torch.dtype | None = None) -> dict[str, T
     Raises:
         CheckpointError: The file is missing, damaged, or something else than weights.
     """
-    _require_weights_file(path)
+    require_weights_file(path)
     if path.suffix == ".safetensors":
         try:
             tensors = load_file(path)
         except SafetensorError as error:
-            raise _damaged(path, error) from error
+            raise damaged(path, error) from error
     else:
-        tensors = _load_pickle(path, device="cpu")
+        tensors = _load_pickle(path)
     if dtype is None:
         return tensors
     return {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
@@ -71,14 +71,7 @@ def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     Raises:
         CheckpointError: As `load_tensors`.
     """
-    _require_weights_file(path)
-    if path.suffix != ".safetensors":
-        return {name: tuple(tensor.shape) for name, tensor in _load_pickle(path, device="meta").items()}
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise _damaged(path, error) from error
+    return read_index(path).shapes
 
 
 def read_metadata(path: Path) -> dict[str, str]:
@@ -87,14 +80,7 @@ def read_metadata(path: Path) -> dict[str, str]:
     Raises:
         CheckpointError: As `load_tensors`.
     """
-    _require_weights_file(path)
-    if path.suffix != ".safetensors":
-        return {}
-    try:
-        with safe_open(path, framework="pt") as file:
-            return dict(file.metadata() or {})
-    except SafetensorError as error:
-        raise _damaged(path, error) from error
+    return dict(read_index(path).files[0].metadata)
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
@@ -111,8 +97,8 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[st
         UsageError: The suffix is unknown, or `metadata` is given for a format that has no place for it.
         EnvironmentProblem: The disk is full.
     """
-    if path.suffix not in _SUFFIXES:
-        raise UsageError(f"`{path}` has no suffix of a weights file", hint=f"use one of {', '.join(_SUFFIXES)}")
+    if path.suffix not in WEIGHTS_SUFFIXES:
+        raise UsageError(f"`{path}` has no suffix of a weights file", hint=f"use one of {', '.join(WEIGHTS_SUFFIXES)}")
     if metadata and path.suffix != ".safetensors":
         raise UsageError(f"`{path}`: {path.suffix} files hold no metadata", hint="write .safetensors")
     own = _independent(tensors)
@@ -154,20 +140,12 @@ def weights_file(folder: Path, stem: str = "diffusion_pytorch_model") -> Path:
     )
 
 
-def _require_weights_file(path: Path) -> None:
-    if path.suffix not in _SUFFIXES:
-        raise CheckpointError(f"`{path}` is no weights file", hint=f"known suffixes: {', '.join(_SUFFIXES)}")
-    if not path.is_file():
-        what = "is a folder" if path.is_dir() else "does not exist"
-        raise CheckpointError(f"weights file `{path}` {what}", hint="check the path, or download the file again")
-
-
-def _load_pickle(path: Path, device: str) -> dict[str, Tensor]:
+def _load_pickle(path: Path) -> dict[str, Tensor]:
     try:
         # Only torch's zip format can be mapped; files from before torch 1.6 are read into memory.
-        content = torch.load(path, map_location=device, mmap=_is_zip(path), weights_only=True)
+        content = torch.load(path, map_location="cpu", mmap=_is_zip(path), weights_only=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError) as error:
-        raise _damaged(path, error) from error
+        raise damaged(path, error) from error
     found = type(content).__name__
     if isinstance(content, Mapping):
         wrong = [f"{name!r} is a {type(value).__name__}" for name, value in content.items() if _not_entry(name, value)]
@@ -187,14 +165,6 @@ def _not_entry(name: object, value: object) -> bool:
 def _is_zip(path: Path) -> bool:
     with path.open("rb") as file:
         return file.read(2) == b"PK"
-
-
-def _damaged(path: Path, error: Exception) -> CheckpointError:
-    reason = (str(error).strip() or "it ends early").splitlines()[0]
-    return CheckpointError(
-        f"`{path}` ({path.stat().st_size} bytes) cannot be read as {path.suffix}: {reason}",
-        hint="the file is truncated, damaged or of another format: copy or download it again",
-    )
 
 
 def _independent(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""Encodings files: every shape that AIMET writes is read, what is written is read back, what is wrong is named."""
+"""The form that the stages exchange: every shape is read, what is written is read back, what is wrong is named."""
 
 import json
 import string
@@ -27,22 +27,31 @@ ACTIVATIONS = {"conv": {"output": {"0": ENTRY}}, "norm": {"input": {"0": ENTRY},
 FUNCTIONAL = {"attn": {"matmul.0": ENTRY, "matmul.0.second": ENTRY}, "": {"sample": ENTRY}}
 
 names = st.text(string.ascii_letters + string.digits + "._", min_size=1, max_size=12)
-finite = st.floats(allow_nan=False, allow_infinity=False)
-entries = st.one_of(
-    st.just(FLOAT),
-    st.fixed_dictionaries(
+scales = st.floats(1e-30, 1e30)
+bounds = st.floats(allow_nan=False, allow_infinity=False)
+
+
+@st.composite
+def tensors(draw: st.DrawFn) -> list[dict[str, Any]]:
+    """Encodings of one tensor: floats, or channels on one kind of grid."""
+    count = draw(st.integers(1, 4))
+    if draw(st.booleans()):
+        return [FLOAT] * count
+    kind = {"bitwidth": draw(st.sampled_from([4, 8, 16])), "dtype": "int"}
+    kind["is_symmetric"] = draw(st.sampled_from(["True", "False"]))
+    return [
         {
-            "bitwidth": st.sampled_from([4, 8, 16]),
-            "dtype": st.just("int"),
-            "is_symmetric": st.sampled_from(["True", "False"]),
-            "max": finite,
-            "min": finite,
-            "offset": st.integers(-(2**15), 0),
-            "scale": finite,
+            **kind,
+            "max": draw(bounds),
+            "min": draw(bounds),
+            "offset": draw(st.integers(-(2**15), 0)),
+            "scale": draw(scales),
         }
-    ),
-)
-params = st.dictionaries(names, st.lists(entries, min_size=1, max_size=4), min_size=1, max_size=4)
+        for _ in range(count)
+    ]
+
+
+params = st.dictionaries(names, tensors(), min_size=1, max_size=4)
 
 
 def write(path: Path, content: Any) -> Path:
@@ -94,6 +103,7 @@ def test_activations_alone_are_read(tmp_path: Path) -> None:
         ({"version": "1.0.0", "param_encodings": []}, "has encoding version 1.0.0; this reads 0.6.1"),
         ({"version": "2.0.0", "encodings": []}, "has encoding version 2.0.0"),
         ({"param_encodings": [ENTRY]}, "param_encodings is a list"),
+        ({"param_encodings": 3}, "param_encodings is a int"),
         ({"conv.weight": ENTRY}, "`conv.weight` is no list of encodings"),
         ({"conv.weight": []}, "`conv.weight` is no list of encodings"),
         ({"conv.weight": [1.0]}, "`conv.weight` holds a float, no encoding"),
@@ -121,4 +131,4 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 def test_a_version_other_than_ours_says_how_to_get_it(tmp_path: Path) -> None:
     with pytest.raises(EncodingsError) as error:
         read_encodings(write(tmp_path / "x.encodings", {"version": "1.0.0", "param_encodings": []}))
-    assert "AIMET_ENCODING_VERSION" in error.value.hint
+    assert "sdconvert encodings convert" in error.value.hint
