@@ -12,7 +12,7 @@ import typer
 from typer.main import get_command
 
 from sdconvert import __version__
-from sdconvert.cli import adapters, config, pipeline, plugins
+from sdconvert.cli import adapters, config, encodings, pipeline, plugins
 from sdconvert.cli.convert import STAGE_COMMANDS, convert, stage_command
 from sdconvert.cli.doctor import doctor
 from sdconvert.cli.inspect import inspect
@@ -37,6 +37,7 @@ app.command()(mha2sha)
 app.command()(inspect)
 app.add_typer(adapters.app, name="adapters")
 app.add_typer(config.app, name="config")
+app.add_typer(encodings.app, name="encodings")
 app.add_typer(plugins.app, name="plugins")
 app.add_typer(pipeline.app, name="pipeline")
 app.command()(doctor)

@@ -16,15 +16,55 @@ from sdconvert.errors import UsageError
 Summary = tuple[dict[str, Any], Table]
 
 
-def inspect(ctx: typer.Context, path: Annotated[Path, typer.Argument(help="What to look at.")]) -> None:
-    """Say what a file or folder holds.
+def inspect(
+    ctx: typer.Context,
+    path: Annotated[Path, typer.Argument(help="What to look at.")],
+    after: Annotated[
+        Path | None, typer.Argument(help="An ONNX file or context binary to compare with, node type by node type.")
+    ] = None,
+) -> None:
+    """Say what a file or folder holds, or what became of a graph.
 
     Takes a checkpoint, weights, encodings, an ONNX file, a context binary, a bundle, a stage or a run folder.
     """
+    session: Session = ctx.obj
+    if after is not None:
+        data, table = _compare(path, after)
+        session.show(data, f"{path} → {after}", table)
+        return
     kind, describe = _recognize(path)
     data, table = describe(path)
-    session: Session = ctx.obj
     session.show({"path": str(path), "kind": kind, **data}, f"{path}: {kind}", table)
+
+
+def _compare(path: Path, after: Path) -> Summary:
+    """Nodes by type, before and after; the largest differences first."""
+    kinds = [_recognize(one)[0] for one in (path, after)]
+    if kinds[0] != kinds[1] or kinds[0] not in ("onnx", "context binary"):
+        raise UsageError(
+            f"`{path}` is {kinds[0]} and `{after}` is {kinds[1]}", hint="give two ONNX files, or two context binaries"
+        )
+    before, now = _operators(path), _operators(after)
+    names = sorted(before | now, key=lambda name: (-abs(now[name] - before[name]), name))
+    counts = {name: (before[name], now[name], now[name] - before[name]) for name in names}
+    totals = (before.total(), now.total(), now.total() - before.total())
+    rows = [(name, *map(str, (*found[:2], f"{found[2]:+}"))) for name, found in [*counts.items(), ("all", totals)]]
+    columns = ("operator", "before", "after", "difference")
+    operators = {name: dict(zip(columns[1:], found, strict=True)) for name, found in counts.items()}
+    data = {"before": str(path), "after": str(after), "nodes": dict(zip(columns[1:], totals, strict=True))}
+    return {**data, "operators": operators}, Table(columns, rows, right=columns[1:])
+
+
+def _operators(path: Path) -> Counter[str]:
+    from sdconvert.qnn.nodes import nodes_path, read_nodes
+
+    kind, describe = _recognize(path)
+    counts: dict[str, int] = describe(path)[0]["operators"] if kind == "onnx" else read_nodes(path)
+    if not counts:
+        raise UsageError(
+            f"`{path}` says nothing about its nodes", hint=f"compile it again: `{nodes_path(path).name}` is missing"
+        )
+    return Counter(counts)
 
 
 def _recognize(path: Path) -> tuple[str, Callable[[Path], Summary]]:
@@ -109,11 +149,15 @@ def _checkpoint(path: Path) -> Summary:
 
 
 def _encodings(path: Path) -> Summary:
-    from sdconvert.io.encodings import read_encodings
+    from sdconvert.io.encodings import describe, read_encodings_file
 
-    sections = read_encodings(path)
-    data = {name: len(section) for name, section in sections.items()}
-    return data, Table(("section", "entries"), list(data.items()), right=("entries",))
+    data = describe(read_encodings_file(path))
+    rows = [
+        (name, section["entries"], ", ".join(f"{count} {grid}" for grid, count in section["grids"].items()))
+        for name, section in data["sections"].items()
+    ]
+    columns = ("section", "entries", f"grids (version {data['version']}, activations by {data['activations_by']})")
+    return data, Table(columns, rows, right=("entries",))
 
 
 def _onnx(path: Path) -> Summary:
@@ -129,7 +173,7 @@ def _onnx(path: Path) -> Summary:
         "outputs": {value.name: _shape(value) for value in model.graph.output},
     }
     rows = [(kind, name, str(shape)) for kind in ("inputs", "outputs") for name, shape in data[kind].items()]
-    rows += [("operator", name, str(count)) for name, count in operators.most_common(12)]
+    rows += [("operator", name, str(count)) for name, count in operators.most_common()]
     return data, Table(("what", "name", "shape or count"), rows)
 
 
@@ -139,9 +183,12 @@ def _shape(value: Any) -> list[int | str]:
 
 def _context(path: Path) -> Summary:
     from sdconvert.qnn.info import read_context_info
+    from sdconvert.qnn.nodes import read_nodes
 
     data = {**asdict(read_context_info(path)), "bytes": path.stat().st_size}
-    return data, Table(("property", "value"), list(data.items()))
+    nodes = read_nodes(path)
+    rows = [*data.items(), *((f"nodes: {name}", count) for name, count in nodes.items())]
+    return {**data, "nodes": nodes} if nodes else data, Table(("property", "value"), rows)
 
 
 def _bundle(path: Path) -> Summary:

@@ -4,12 +4,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sdconvert.adapters import ModelAdapter, Tensors
+from sdconvert.artifacts import read_json
 from sdconvert.errors import CheckpointError
 from sdconvert.io.tensors import load_tensors
 from sdconvert.models.attention import SHAAttentionPatch
+from sdconvert.models.rewrites import apply_rewrites
 from sdconvert.quantize.artifact import QuantizerSettings, Simulation, load_simulation
 
 GRAPHS = ("controlnet", "unet")
+HEAD_RANGES = "head_ranges.json"
+AGREEMENT = "sha_vs_mha.json"
+REWRITES = "rewrites.json"
 
 
 @dataclass(frozen=True)
@@ -21,6 +26,18 @@ class Mha2ShaArtifact:
     def graph_folder(self, graph: str) -> Path:
         """Holds `state_dict_sha.safetensors`, `parameters_sha.encodings` and `<graph>.encodings`."""
         return self.folder / graph
+
+    def head_ranges(self, graph: str) -> dict[str, dict[str, float]]:
+        """SQNR per attention layer and at the output, with inherited and with own ranges; empty if none were taken."""
+        path = self.graph_folder(graph) / HEAD_RANGES
+        figures: dict[str, dict[str, float]] = read_json(path) if path.is_file() else {}
+        return figures
+
+    def rewrites(self, graph: str) -> list[str]:
+        """Names of the rewrites beside attention per head that the graph's files are in the form of."""
+        path = self.graph_folder(graph) / REWRITES
+        names: list[str] = read_json(path) if path.is_file() else []
+        return names
 
     def simulation(
         self, graph: str, adapter: ModelAdapter, example: Tensors, settings: QuantizerSettings
@@ -34,13 +51,14 @@ class Mha2ShaArtifact:
         return load_simulation(self.graph_folder(graph) / f"{graph}.encodings", adapter, example, settings)
 
     def rewrite(self, graph: str, adapter: ModelAdapter) -> None:
-        """Turn a model's attention into SHA and load the stage's weights, strictly.
+        """Turn a model's attention into SHA, do the graph's other rewrites, and load the stage's weights, strictly.
 
         Raises:
             CheckpointError: As `simulation`; the model keeps its own weights.
         """
         for patch in SHAAttentionPatch.wrap_model("sha", adapter.model).values():
             patch.fuse()
+        apply_rewrites(adapter.model, self.rewrites(graph))
         weights = load_tensors(self.graph_folder(graph) / "state_dict_sha.safetensors")
         expected, found = (
             {(name, tensor.shape) for name, tensor in state.items()} for state in (adapter.model.state_dict(), weights)

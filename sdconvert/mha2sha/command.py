@@ -1,27 +1,42 @@
-"""`sdconvert mha2sha`: a folder with the MHA form of weights and encodings → a folder with the SHA form."""
+"""`sdconvert mha2sha`: weights and encodings in MHA form → the SHA form, read again and compared; and back."""
 
-import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sdconvert.artifacts import atomic_folder
 from sdconvert.errors import CheckpointError, UsageError
-from sdconvert.io.encodings import read_encodings, write_encodings, write_params
-from sdconvert.io.tensors import load_tensors, save_tensors
-from sdconvert.mha2sha.encodings import split_activations, split_parameters
-from sdconvert.mha2sha.heads import attention_paths, head_splits, heads_from_config
+from sdconvert.io.encodings import read_encodings_file
+from sdconvert.io.weights_index import WeightsLayout, read_index
+from sdconvert.mha2sha.encodings import merge_encodings, split_encodings, verify_parameter_encodings
+from sdconvert.mha2sha.head_counts import heads_from_config, read_heads_file
+from sdconvert.mha2sha.heads import attention_paths, head_splits, plan_splits
+from sdconvert.mha2sha.name_map import NAME, NameMap
 from sdconvert.mha2sha.row_split import RowSplit
-from sdconvert.mha2sha.state_dict import split_state_dict
+from sdconvert.mha2sha.source import Source, find_source, renamed, stem
+from sdconvert.mha2sha.state_dict import merge_weights, split_weights, verify_weights
 
-_STEM = "state_dict_mha"
-_PARAMS = "parameters_mha.encodings"
-_FORMATS = ("safetensors", "pth")
+FORMATS = ("safetensors", "pth")
 
 
 @dataclass(frozen=True)
 class Mha2ShaSummary:
-    """What one conversion did."""
+    """What one conversion did.
+
+    Attributes:
+        source: Folder or file that was read.
+        out: Folder that was written.
+        attention_layers: That were rewritten.
+        heads: Of all these layers together.
+        tensors_before: In the source.
+        tensors_after: In the result.
+        verified_tensors: Read again and compared with their rows, byte for byte; None without verification.
+        verified_grids: Parameters whose encodings were read again and compared; None without verification.
+        left_alone: Attention layers that were not rewritten, and why.
+        left_out: Entries of encodings files that have no place in the result, and why.
+        files: Names of what was written.
+    """
 
     source: Path
     out: Path
@@ -29,90 +44,187 @@ class Mha2ShaSummary:
     heads: int
     tensors_before: int
     tensors_after: int
+    verified_tensors: int | None
+    verified_grids: int | None
+    left_alone: Mapping[str, str]
+    left_out: Mapping[str, str]
     files: tuple[str, ...]
 
 
-def convert_folder(source: Path, out: Path, num_heads: int | None = None, format: str | None = None) -> Mha2ShaSummary:
-    """Write the SHA form of a folder; the source is not touched and `out` appears whole or not at all.
+def convert_folder(
+    source: Path,
+    out: Path,
+    num_heads: int | None = None,
+    format: str | None = None,
+    *,
+    heads_file: Path | None = None,
+    skip_unsupported: bool = False,
+    verify: bool = True,
+) -> Mha2ShaSummary:
+    """Write the SHA form of a model; the source is not touched and `out` appears whole or not at all.
 
     Args:
-        source: Holds `state_dict_mha.{safetensors,pth}`; besides, optionally, `config.json`, `parameters_mha.encodings`
-            and files `<graph>.encodings`.
-        out: Folder to write: `state_dict_sha.*`, `parameters_sha.encodings`, `<graph>.encodings`.
+        source: A folder with `state_dict_mha.{safetensors,pth}`, a diffusers model folder, or one weights file; see
+            `find_source`. A folder's `config.json` gives the heads, its `*.encodings` are converted along.
+        out: Folder to write: the same files in SHA form, and `heads.json`.
         num_heads: Of every layer; only where there is no `config.json`.
         format: `safetensors` or `pth`; None: the source's.
+        heads_file: JSON of heads by layer, likewise.
+        skip_unsupported: Leave layers alone that cannot be split, instead of refusing the model; the summary names
+            them.
+        verify: Read what was written and compare every tensor and every grid with the source's.
 
     Raises:
         CheckpointError: Weights or heads are wrong; nothing is written.
         EncodingsError: An encodings file does not fit.
-        UsageError: `num_heads` or `format` has no effect or is missing.
+        QualityGateError: What was written is not what was read.
+        UsageError: An option has no effect or is missing.
     """
-    if format is not None and format not in _FORMATS:
-        raise UsageError(f"no format is called `{format}`", hint=f"choose {' or '.join(_FORMATS)}")
-    if out.resolve() == source.resolve():
-        raise UsageError(f"`{out}` is the source itself", hint="name another folder with -o")
-    weights = _weights(source)
-    state_dict = load_tensors(weights)
-    splits = head_splits(
-        {key: tuple(tensor.shape) for key, tensor in state_dict.items()},
-        _heads(source, list(state_dict), num_heads),
-    )
-    converted = split_state_dict(state_dict, splits)
+    if format is not None and format not in FORMATS:
+        raise UsageError(f"no format is called `{format}`", hint=f"choose {' or '.join(FORMATS)}")
+    files = find_source(source)
+    _require_other_folder(files, out)
+    index = read_index(files.weights)
+    heads = _heads(files, index.shapes, num_heads, heads_file)
+    left_alone: dict[str, str] = {}
+    if skip_unsupported:
+        splits, left_alone = plan_splits(index.shapes, heads)
+        heads = {layer: count for layer, count in heads.items() if layer not in left_alone}
+    else:
+        splits = head_splits(index.shapes, heads)
     with atomic_folder(out) as partial:
-        suffix = f".{format}" if format else weights.suffix
-        save_tensors(converted, partial / f"state_dict_sha{suffix}")
-        _convert_encodings(source, partial, splits, list(state_dict))
-        if (config := source / "config.json").is_file():
-            (partial / config.name).write_bytes(config.read_bytes())
-        files = tuple(sorted(path.name for path in partial.iterdir()))
-    layers = {split.layer: len(split.parts) for split in splits}
-    return Mha2ShaSummary(source, out, len(layers), sum(layers.values()), len(state_dict), len(converted), files)
-
-
-def _weights(source: Path) -> Path:
-    found = [source / f"{_STEM}.{suffix}" for suffix in _FORMATS if (source / f"{_STEM}.{suffix}").is_file()]
-    if len(found) == 1:
-        return found[0]
-    if found:
-        raise CheckpointError(f"`{source}` holds both {' and '.join(p.name for p in found)}", hint="keep one of them")
-    there = ", ".join(sorted(path.name for path in source.iterdir())[:10]) if source.is_dir() else "no folder"
-    raise CheckpointError(
-        f"`{source}` holds no {_STEM}.safetensors or {_STEM}.pth; found: {there or 'nothing'}",
-        hint="name a folder that the quantize stage or AIMET wrote",
+        suffix = f".{format}" if format else None
+        weights = split_weights(index, splits, partial, stem(Path(renamed(files.weights.name, "sha"))), suffix)
+        records, left_out, grids = _split_encodings(files, partial, splits, list(index.shapes), verify=verify)
+        written = read_index(weights)
+        tensors = verify_weights(index, written, splits) if verify else None
+        if files.config:
+            (partial / files.config.name).write_bytes(files.config.read_bytes())
+        layout = index.layout().model_dump(mode="json")
+        NameMap(tuple(splits), heads, left_alone, layout, records).save(partial)
+        names = tuple(sorted(path.name for path in partial.iterdir()))
+    return Mha2ShaSummary(
+        source=source,
+        out=out,
+        attention_layers=len(heads),
+        heads=sum(heads.values()),
+        tensors_before=len(index.tensors),
+        tensors_after=len(written.tensors),
+        verified_tensors=tensors,
+        verified_grids=grids if verify else None,
+        left_alone=left_alone,
+        left_out=left_out,
+        files=names,
     )
 
 
-def _heads(source: Path, keys: list[str], num_heads: int | None) -> dict[str, int]:
-    config = source / "config.json"
-    layers = attention_paths(keys)
-    if not config.is_file():
-        if num_heads is None:
+def reverse_folder(source: Path, out: Path, *, verify: bool = True) -> Mha2ShaSummary:
+    """Write the MHA form of a folder that `convert_folder` wrote: the original tensors and encodings, in their order.
+
+    Args:
+        source: Holds the SHA form and `heads.json`.
+        out: Folder to write.
+        verify: Read what was written and compare every tensor and every grid with the source's.
+
+    Raises:
+        CheckpointError: The folder is no such folder, or its files do not fit its `heads.json`.
+        EncodingsError: Its encodings do not.
+        QualityGateError: What was written is not what was read.
+        UsageError: `out` is the source.
+    """
+    name_map = NameMap.load(source)
+    layout = WeightsLayout.parse(dict(name_map.weights), source / NAME)
+    files = find_source(source, "sha")
+    _require_other_folder(files, out)
+    index = read_index(files.weights)
+    with atomic_folder(out) as partial:
+        written = read_index(merge_weights(index, name_map.splits, layout, partial))
+        grids = _merge_encodings(files, partial, name_map, verify=verify)
+        tensors = verify_weights(written, index, name_map.splits) if verify else None
+        if files.config:
+            (partial / files.config.name).write_bytes(files.config.read_bytes())
+        names = tuple(sorted(path.name for path in partial.iterdir()))
+    return Mha2ShaSummary(
+        source=source,
+        out=out,
+        attention_layers=len(name_map.heads),
+        heads=sum(name_map.heads.values()),
+        tensors_before=len(index.tensors),
+        tensors_after=len(written.tensors),
+        verified_tensors=tensors,
+        verified_grids=grids if verify else None,
+        left_alone=name_map.left_alone,
+        left_out={},
+        files=names,
+    )
+
+
+def _require_other_folder(files: Source, out: Path) -> None:
+    if out.resolve() == files.folder.resolve():
+        raise UsageError(f"`{out}` is the source itself", hint="name another folder with -o")
+
+
+def _heads(
+    files: Source, shapes: Mapping[str, tuple[int, ...]], num_heads: int | None, heads_file: Path | None
+) -> dict[str, int]:
+    given = [name for name, value in (("--num-heads", num_heads), ("--num-heads-file", heads_file)) if value]
+    layers = attention_paths(shapes)
+    config = files.read_config()
+    if config is not None:
+        if given:
             raise UsageError(
-                f"`{source}` has no config.json, so the head counts are unknown", hint="give them with --num-heads N"
+                f"{given[0]} has no effect: `{files.config}` says the head count of every layer",
+                hint=f"leave {given[0]} out",
             )
-        return dict.fromkeys(layers, num_heads)
-    if num_heads is not None:
+        return heads_from_config(config, layers, shapes)
+    if len(given) > 1:
+        raise UsageError(f"{given[0]} and {given[1]} are both given", hint="leave one of them out")
+    if heads_file is not None:
+        return read_heads_file(heads_file, layers)
+    if num_heads is None:
         raise UsageError(
-            f"--num-heads has no effect: `{config}` says the head count of every layer", hint="leave --num-heads out"
+            f"`{files.weights}` has no config.json beside it that belongs to it, so the head counts are unknown",
+            hint="give them with --num-heads N or --num-heads-file JSON",
         )
-    try:
-        content: Any = json.loads(config.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"`{config}` is no JSON: {error}", hint="copy it again from the checkpoint") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"`{config}` holds a {type(content).__name__}, not an object", hint="copy it again")
-    return heads_from_config(content, layers)
+    return dict.fromkeys(layers, num_heads)
 
 
-def _convert_encodings(source: Path, out: Path, splits: list[RowSplit], keys: list[str]) -> None:
-    params = source / _PARAMS
-    if params.is_file():
-        sections = read_encodings(params)
-        write_params(out / "parameters_sha.encodings", split_parameters(sections["param_encodings"], splits, keys))
-    for path in sorted(source.glob("*.encodings")):
-        if path == params:
-            continue
-        sections = read_encodings(path)
-        converted = split_activations(sections, splits)
-        converted["param_encodings"] = split_parameters(sections["param_encodings"], splits, keys)
-        write_encodings(out / path.name, converted)
+def _split_encodings(
+    files: Source, out: Path, splits: list[RowSplit], keys: list[str], *, verify: bool
+) -> tuple[dict[str, dict[str, Any]], dict[str, str], int]:
+    """Convert every encodings file; return what the reverse needs, what was left out, and the grids compared."""
+    records: dict[str, dict[str, Any]] = {}
+    left_out: dict[str, str] = {}
+    grids = 0
+    for path in files.encodings:
+        mha = read_encodings_file(path)
+        result = split_encodings(mha, splits, keys)
+        name = renamed(path.name, "sha")
+        result.file.write(out / name)
+        if verify:
+            grids += verify_parameter_encodings(mha, read_encodings_file(out / name), splits)
+        records[name] = result.record
+        left_out |= {f"{path.name}: {one.name}": one.reason for one in result.left_out}
+    return records, left_out, grids
+
+
+def _merge_encodings(files: Source, out: Path, name_map: NameMap, *, verify: bool) -> int:
+    """The reverse of `_split_encodings`; return the grids compared.
+
+    Raises:
+        CheckpointError: An encodings file has come or gone since the folder was written.
+    """
+    found = {path.name: path for path in files.encodings}
+    if odd := sorted(found.keys() ^ name_map.encodings.keys()):
+        raise CheckpointError(
+            f"`{files.folder}` and its {NAME} disagree on the encodings files: {', '.join(odd)}",
+            hint="use the folder as `sdconvert mha2sha` wrote it",
+        )
+    grids = 0
+    for name, record in name_map.encodings.items():
+        sha = read_encodings_file(found[name])
+        target = out / renamed(name, "mha")
+        merge_encodings(sha, name_map.splits, record).write(target)
+        if verify:
+            grids += verify_parameter_encodings(read_encodings_file(target), sha, name_map.splits)
+    return grids

@@ -1,21 +1,22 @@
 """The work of `40-mha2sha`: convert, then compare the two forms on inputs of the pipeline."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from sdconvert.adapters import ModelAdapter, Tensors
+from sdconvert.artifacts import write_json_atomic
 from sdconvert.calibration.artifact import CalibrationArtifact
 from sdconvert.checkpoint.artifact import CheckpointArtifact
 from sdconvert.errors import QualityGateError
-from sdconvert.metrics import max_abs, worst_sqnr_db
-from sdconvert.mha2sha.artifact import GRAPHS, Mha2ShaArtifact
+from sdconvert.mha2sha.artifact import AGREEMENT, GRAPHS, HEAD_RANGES, Mha2ShaArtifact
 from sdconvert.mha2sha.command import convert_folder
+from sdconvert.mha2sha.layers import Forward, agreements_db, relative_errors, run_fp32, run_quantized
 from sdconvert.mha2sha.pair import run_pair
+from sdconvert.mha2sha.recalibrate import OUTPUT, recalibrate_heads
 from sdconvert.pipelines.backend import graph_adapters
-from sdconvert.quantize.artifact import QuantizeArtifact
+from sdconvert.quantize.artifact import QuantizeArtifact, Simulation, save_simulation
 from sdconvert.stages import StageContext
 
 _LARGEST_FP32_ERROR = 1e-5
@@ -35,11 +36,15 @@ def run(context: StageContext) -> dict[str, Any]:
         context.report.step(done, len(GRAPHS), graph)
         summary = convert_folder(quantized.graph_folder(graph), context.out / graph)
         metrics[f"{graph}_heads"] = summary.heads
-        metrics |= _verify(adapters[graph], data, quantized, Mha2ShaArtifact(context.out))
+        sha, figures = _verify(adapters[graph], data, quantized, Mha2ShaArtifact(context.out))
+        metrics |= figures
+        if context.recipe.mha2sha.activation_encodings == "recalibrate":
+            metrics |= _recalibrate(sha, data, context.out / graph)
     # Both models have their SHA form by now: each alone is right, and so must be what they do together.
-    errors = [_relative_error(mha, run_both(one)) for mha, one in zip(references, inputs, strict=True)]
+    outputs = [{"out_sample": run_both(one)} for one in inputs]
+    errors = relative_errors(Forward([{"out_sample": one} for one in references], []), Forward(outputs, []))
     _require_small("the UNet behind its ControlNet", errors)
-    return metrics | {"pair_fp32_relative_error": max(errors)}
+    return metrics | {"pair_fp32_relative_error": max(errors.values())}
 
 
 def _chosen(data: CalibrationArtifact, graph: str) -> list[Tensors]:
@@ -48,32 +53,47 @@ def _chosen(data: CalibrationArtifact, graph: str) -> list[Tensors]:
     return [samples[0], samples[-1], next(iter(data.evaluation(graph)))]
 
 
-def _relative_error(reference: Tensor, value: Tensor) -> float:
-    return max_abs(reference, value) / float(reference.abs().max())
-
-
-def _require_small(what: str, errors: Sequence[float]) -> None:
-    # NaN is no small error, and `max` may pass over it.
-    if large := [error for error in errors if not error <= _LARGEST_FP32_ERROR]:
+def _require_small(what: str, errors: Mapping[str, float]) -> None:
+    # NaN is no small error.
+    if large := {place: error for place, error in errors.items() if not error <= _LARGEST_FP32_ERROR}:
+        place, error = next(iter(large.items()))
         raise QualityGateError(
-            f"{what}: SHA differs from MHA by {large[0]:.1e} relative in fp32 (allowed {_LARGEST_FP32_ERROR:.0e})",
+            f"{what}: SHA differs from MHA by {error:.1e} relative in fp32 (allowed {_LARGEST_FP32_ERROR:.0e}), "
+            f"first at `{place}`",
             hint="the rewrite is wrong for this model; please report it with its config.json",
         )
 
 
 def _verify(
     adapter: ModelAdapter, data: CalibrationArtifact, quantized: QuantizeArtifact, converted: Mha2ShaArtifact
-) -> dict[str, float]:
-    """Compare the two forms in fp32 and quantized, on the first and last calibration input and a held-out one."""
+) -> tuple[Simulation, dict[str, float]]:
+    """Compare the two forms layer by layer, on the first and last calibration input and a held-out one.
+
+    Returns:
+        The quantized SHA form with the parents' ranges, and the figures.
+    """
     graph = adapter.graph_name
     inputs = _chosen(data, graph)
-    mha = quantized.simulation(graph, adapter, inputs[0])
-    references = [(adapter.run(one), mha(one)) for one in inputs]
+    layers = [layer.path for layer in adapter.attention_layers()]
+    fp32 = run_fp32(adapter, layers, inputs)
+    simulated = run_quantized(quantized.simulation(graph, adapter, inputs[0]), layers, inputs)
     sha = converted.simulation(graph, adapter, inputs[0], quantized.settings())
-    errors, agreement = [], []
-    for one, (fp32, simulated) in zip(inputs, references, strict=True):
-        rewritten = adapter.run(one)
-        errors += [_relative_error(fp32[name], rewritten[name]) for name in fp32]
-        agreement.append(worst_sqnr_db(simulated, sha(one)))
+    errors = relative_errors(fp32, run_fp32(adapter, layers, inputs))
     _require_small(graph, errors)
-    return {f"{graph}_fp32_relative_error": max(errors), f"{graph}_quantized_sha_vs_mha_db": min(agreement)}
+    agreements = agreements_db(simulated, run_quantized(sha, layers, inputs))
+    figures = {name: {"fp32_relative_error": errors[name], "quantized_db": agreements[name]} for name in errors}
+    write_json_atomic(figures, converted.graph_folder(graph) / AGREEMENT)
+    return sha, {
+        f"{graph}_fp32_relative_error": max(errors.values()),
+        f"{graph}_quantized_sha_vs_mha_db": min(agreements[name] for name in fp32.graph[0]),
+        f"{graph}_worst_layer_sha_vs_mha_db": min(agreements.values()),
+    }
+
+
+def _recalibrate(sha: Simulation, data: CalibrationArtifact, folder: Path) -> dict[str, float]:
+    """Give every head ranges of its own, in the graph's file too; return what the output gains."""
+    graph = sha.adapter.graph_name
+    figures = recalibrate_heads(sha, data.calibration(graph), list(data.evaluation(graph)))
+    save_simulation(sha, folder / f"{graph}.encodings")
+    write_json_atomic(figures, folder / HEAD_RANGES)
+    return {f"{graph}_{ranges}_vs_fp32_db": value for ranges, value in figures[OUTPUT].items()}

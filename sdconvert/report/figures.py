@@ -13,6 +13,7 @@ from sdconvert.artifacts import Manifest, RunFolder, read_json
 from sdconvert.config import GatesSection, Recipe
 from sdconvert.errors import PreconditionError
 from sdconvert.export.artifact import ExportArtifact
+from sdconvert.mha2sha.artifact import GRAPHS, Mha2ShaArtifact
 from sdconvert.qnn.artifact import QnnArtifact
 from sdconvert.quantize.artifact import QuantizeArtifact
 from sdconvert.report.pictures import measure_pictures
@@ -56,6 +57,7 @@ def collect_figures(
         "pictures": measured,
         "accuracy": accuracy,
         "layers": {graph: quantized.layer_sqnr_db(graph) for graph in graphs},
+        "head_ranges": _head_ranges(Mha2ShaArtifact(run.stage_folder("40-mha2sha"))),
         "contexts": _contexts(qnn),
         "sizes": {graph: _sizes(graph, manifests) for graph in graphs},
         "bundle": _bundle(AndroidArtifact(run.stage_folder("70-android"))),
@@ -127,6 +129,12 @@ def _gates(
         }
         for gate, found in values.items()
     ]
+
+
+def _head_ranges(rewritten: Mha2ShaArtifact) -> dict[str, dict[str, dict[str, float]]]:
+    """Per graph, layer and at its output, with the parents' ranges and with the heads' own, where those were taken."""
+    every = {graph: rewritten.head_ranges(graph) for graph in GRAPHS}
+    return {graph: places for graph, places in every.items() if places}
 
 
 def _contexts(qnn: QnnArtifact) -> list[dict[str, Any]]:

@@ -7,31 +7,18 @@ from typing import Any
 
 import pytest
 import torch
-from static_graphs import Case, golden_case, shared_case, shared_simulation, simulate, small_case
+from mha_folder import write_folder
+from static_graphs import golden_case, shared_case, shared_simulation, simulate, small_case
 
 from sdconvert.artifacts import sha256_folder
 from sdconvert.errors import CheckpointError, EncodingsError, SdconvertError, UsageError
 from sdconvert.io.encodings import read_encodings, write_encodings, write_params
-from sdconvert.io.tensors import load_tensors, save_tensors
+from sdconvert.io.tensors import load_tensors
 from sdconvert.metrics import max_abs, worst_sqnr_db
 from sdconvert.mha2sha.artifact import Mha2ShaArtifact
 from sdconvert.mha2sha.command import convert_folder
 from sdconvert.mha2sha.heads import attention_paths
 from sdconvert.models.attention import SHAAttention
-from sdconvert.quantize.files import to_sections
-from sdconvert.quantize.simulation import Simulation
-
-
-def write_folder(folder: Path, case: Case, simulation: Simulation, suffix: str = "safetensors") -> Path:
-    """What the quantize stage writes for one graph."""
-    folder.mkdir()
-    graph = case.adapter.graph_name
-    save_tensors(case.adapter.model.state_dict(), folder / f"state_dict_mha.{suffix}")
-    sections = to_sections(simulation)
-    write_params(folder / "parameters_mha.encodings", sections["param_encodings"])
-    write_encodings(folder / f"{graph}.encodings", sections)
-    (folder / "config.json").write_text(json.dumps(case.adapter.config()))
-    return folder
 
 
 @pytest.fixture
@@ -61,7 +48,8 @@ def test_every_file_is_converted(source: Path, tmp_path: Path) -> None:
     summary = convert_folder(source, tmp_path / "sha")
     layers = shared_case("unet").adapter.attention_layers()
     assert (summary.attention_layers, summary.heads) == (len(layers), sum(layer.heads for layer in layers))
-    assert summary.files == ("config.json", "parameters_sha.encodings", "state_dict_sha.safetensors", "unet.encodings")
+    names = ("config.json", "heads.json", "parameters_sha.encodings", "state_dict_sha.safetensors", "unet.encodings")
+    assert summary.files == names
     assert sorted(path.name for path in (tmp_path / "sha").iterdir()) == sorted(summary.files)
     state = load_tensors(tmp_path / "sha" / "state_dict_sha.safetensors")
     before = load_tensors(source / "state_dict_mha.safetensors")
@@ -99,7 +87,8 @@ def test_encodings_are_converted_where_there_are_any(source: Path, tmp_path: Pat
             path.unlink()
     files = convert_folder(source, tmp_path / "sha").files
     names = {"parameters_mha.encodings": "parameters_sha.encodings", "unet.encodings": "unet.encodings"}
-    assert set(files) == {"config.json", "state_dict_sha.safetensors"} | {names[kept] for _ in range(kept in names)}
+    always = {"config.json", "heads.json", "state_dict_sha.safetensors"}
+    assert set(files) == always | {names[kept] for _ in range(kept in names)}
 
 
 def test_parameter_files_of_both_shapes_are_read(source: Path, tmp_path: Path) -> None:
@@ -107,8 +96,11 @@ def test_parameter_files_of_both_shapes_are_read(source: Path, tmp_path: Path) -
     path = source / "parameters_mha.encodings"
     path.write_text(json.dumps({"param_encodings": json.loads(path.read_text())}))
     convert_folder(source, tmp_path / "nested")
-    files = [folder / "parameters_sha.encodings" for folder in (tmp_path / "flat", tmp_path / "nested")]
-    assert files[0].read_bytes() == files[1].read_bytes()
+    flat, nested = (
+        json.loads((folder / "parameters_sha.encodings").read_text())
+        for folder in (tmp_path / "flat", tmp_path / "nested")
+    )
+    assert nested == {"param_encodings": flat}
 
 
 def test_per_tensor_encodings_go_to_every_head(source: Path, tmp_path: Path) -> None:
@@ -212,3 +204,17 @@ def test_weights_that_do_not_fit_the_rewritten_model_are_refused(source: Path, t
     with pytest.raises(CheckpointError, match=r"the SHA weights of unet do not fit .* \d+ tensors, .*to_k_convs"):
         Mha2ShaArtifact(tmp_path / "out").rewrite("unet", case.adapter)
     torch.testing.assert_close(case.adapter.run(case.samples[0])["out_sample"], before, rtol=0, atol=1e-5)
+
+
+def test_what_cannot_be_split_is_left_alone_only_if_asked(tmp_path: Path) -> None:
+    shapes = {"even": 8, "odd": 9}
+    state = {f"{layer}.to_{p}.weight": torch.randn(rows, 4) for layer, rows in shapes.items() for p in "qkv"}
+    save_tensors(state, tmp_path / "unet.safetensors")
+    with pytest.raises(CheckpointError, match="has 9 rows, which 4 heads do not divide"):
+        convert_folder(tmp_path / "unet.safetensors", tmp_path / "sha", num_heads=4)
+    summary = convert_folder(tmp_path / "unet.safetensors", tmp_path / "sha", num_heads=4, skip_unsupported=True)
+    assert (summary.attention_layers, list(summary.left_alone)) == (1, ["odd"])
+    assert "9 rows" in summary.left_alone["odd"]
+    written = load_tensors(tmp_path / "sha" / "unet.safetensors")
+    assert torch.equal(written["odd.to_q.weight"], state["odd.to_q.weight"])
+    assert json.loads((tmp_path / "sha" / "heads.json").read_text())["left_alone"] == dict(summary.left_alone)

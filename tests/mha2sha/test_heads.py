@@ -1,130 +1,174 @@
-"""Which rows become which head's: for every model, from its config, or refused with the layer's name."""
+"""Which rows become which head's: for every set of projections, or refused with all layers' names."""
 
 from typing import Any
 
 import pytest
-import torch
-from diffusers.models.transformers.pixart_transformer_2d import PixArtTransformer2DModel
 from hypothesis import given
 from hypothesis import strategies as st
-from static_graphs import SMALL_UNET, golden_case, small_case, vae_case
 
-from sdconvert.adapters import adapter_for
-from sdconvert.errors import CheckpointError, UsageError
-from sdconvert.mha2sha.heads import attention_paths, head_splits, heads_from_config
+from sdconvert.errors import CheckpointError
+from sdconvert.mha2sha.heads import (
+    CUT_INTO,
+    LayerHeads,
+    attention_paths,
+    head_splits,
+    layer_heads,
+    plan_splits,
+    query_scales,
+)
 
 LAYER = "down_blocks.0.attentions.0.transformer_blocks.0.attn1"
+Shapes = dict[str, tuple[int, ...]]
+
+SETS = {
+    "plain": ("to_q", "to_k", "to_v"),
+    "fused self": ("to_qkv",),
+    "fused cross": ("to_q", "to_kv"),
+    "added": ("to_q", "to_k", "to_v", "add_k_proj", "add_v_proj"),
+    "text only": ("to_q", "add_k_proj", "add_v_proj"),
+    "clip": ("k_proj", "v_proj", "q_proj"),
+}
 
 
-@given(st.integers(1, 12), st.integers(1, 80))
-def test_the_heads_rows_cover_the_parent_once_and_in_order(heads: int, rows: int) -> None:
-    (split,) = head_splits({f"{LAYER}.to_q.weight": (heads * rows, 6)}, {LAYER: heads})
-    covered = [row for part in split for row in range(heads * rows)[part.rows]]
-    assert covered == list(range(heads * rows))
-    names = [part.name for part in split]
-    assert names == [f"{LAYER}.to_q_convs.{head}.weight" for head in range(heads)]
+def weights(rows: dict[str, int], bias: bool = False, layer: str = LAYER) -> Shapes:
+    """Shapes of the projections of a layer by their rows."""
+    kinds: dict[str, tuple[int, ...]] = {"weight": (6,)} | ({"bias": ()} if bias else {})
+    return {f"{layer}.{name}.{kind}": (count, *rest) for name, count in rows.items() for kind, rest in kinds.items()}
 
 
-@pytest.mark.parametrize(
-    ("graph", "variant"),
-    [("unet", "pasd"), ("unet", "pasd_light"), ("controlnet", "pasd"), ("controlnet", "pasd_rrdb")],
+def plain(rows: int = 8, *names: str) -> Shapes:
+    return weights(dict.fromkeys(names or SETS["plain"], rows))
+
+
+@given(
+    st.sampled_from(sorted(SETS)), st.integers(1, 6), st.integers(1, 3), st.integers(1, 20), st.booleans(), st.data()
 )
-def test_config_and_model_agree_on_the_heads(graph: str, variant: str) -> None:
-    adapter = golden_case(graph, variant).adapter
-    expected = {layer.path: layer.heads for layer in adapter.attention_layers()}
-    assert heads_from_config(adapter.config(), attention_paths(adapter.model.state_dict())) == expected
+def test_the_heads_rows_cover_each_parent_once_and_in_order(
+    projections: str, kv_heads: int, shared: int, dim_head: int, bias: bool, data: st.DataObject
+) -> None:
+    names = SETS[projections]
+    shared = 1 if "to_qkv" in names else shared
+    count = {"to_q": kv_heads * shared, "q_proj": kv_heads * shared}
+    rows = {name: sum(count.get(one, kv_heads) for one in CUT_INTO[name]) * dim_head for name in names}
+    others: Shapes = {"conv_in.weight": (3, 3), f"{LAYER}.to_out.0.weight": (8, 8)}
+    shapes = dict(data.draw(st.permutations([*others.items(), *weights(rows, bias).items()])))
+    splits = head_splits(shapes, {LAYER: kv_heads * shared})
+    assert [split.parent for split in splits] == [key for key in shapes if key not in others]
+    for split in splits:
+        assert [row for part in split for row in range(split.rows)[part.rows]] == list(range(shapes[split.parent][0]))
+        assert {part.stop - part.start for part in split} == {dim_head}
+        assert split.to_convolution == split.parent.endswith("weight")
+    children = [part.name for split in splits for part in split]
+    assert len(set(children)) == len(children)
+    per_projection = {one: count.get(one, kv_heads) for name in names for one in CUT_INTO[name]}
+    assert set(children) == {
+        f"{LAYER}.{name}_convs.{head}.{kind}"
+        for name, heads in per_projection.items()
+        for head in range(heads)
+        for kind in (("weight", "bias") if bias else ("weight",))
+    }
+    assert layer_heads(splits) == {LAYER: LayerHeads(kv_heads * shared, kv_heads, dim_head)}
+    queries = {name for name in children if "to_q_convs" in name or "q_proj_convs" in name}
+    assert query_scales(splits) == dict.fromkeys(queries, dim_head**-0.5)
 
 
-@pytest.mark.parametrize("heads", [[2, 4], [4, 2], 1])
-def test_config_and_model_agree_on_heads_per_block(heads: Any) -> None:
-    adapter = small_case(SMALL_UNET | {"attention_head_dim": heads}).adapter
-    expected = {layer.path: layer.heads for layer in adapter.attention_layers()}
-    assert heads_from_config(adapter.config(), attention_paths(adapter.model.state_dict())) == expected
+def test_fused_rows_are_queries_then_keys_then_values() -> None:
+    (split,) = head_splits(weights({"to_qkv": 12}), {LAYER: 2})
+    assert [(part.name.removeprefix(f"{LAYER}."), part.start, part.stop) for part in split] == [
+        *(("to_q_convs.0.weight", 0, 2), ("to_q_convs.1.weight", 2, 4)),
+        *(("to_k_convs.0.weight", 4, 6), ("to_k_convs.1.weight", 6, 8)),
+        *(("to_v_convs.0.weight", 8, 10), ("to_v_convs.1.weight", 10, 12)),
+    ]
 
 
-def config(**changes: Any) -> dict[str, Any]:
-    return {"_class_name": "X", "down_block_types": ["A", "B", "C"], "attention_head_dim": [1, 2, 3], **changes}
+def test_paths_are_those_of_all_projections_in_order() -> None:
+    keys = ["b.to_qkv.weight", "conv.weight", "a.to_k.weight", "a.to_q.bias", "text.self_attn.q_proj.weight"]
+    assert attention_paths(keys) == ["b", "a", "text.self_attn"]
 
 
 @pytest.mark.parametrize(
-    ("layer", "heads"),
-    [("down_blocks.0.a", 1), ("down_blocks.2.a", 3), ("up_blocks.0.a", 3), ("up_blocks.2.a", 1), ("mid_block.a", 3)],
-)
-def test_up_blocks_take_the_list_backwards_and_the_mid_block_its_last(layer: str, heads: int) -> None:
-    assert heads_from_config(config(), [layer]) == {layer: heads}
-    assert heads_from_config(config(num_attention_heads=5), [layer]) == {layer: 5}
-
-
-@pytest.mark.parametrize(
-    ("changes", "error", "message"),
+    ("shapes", "heads", "message"),
     [
-        ({"attention_head_dim": None}, UsageError, "config.json of a X names no heads per block"),
-        ({"down_block_types": []}, UsageError, "names no heads per block"),
-        ({"attention_head_dim": [1, 2]}, CheckpointError, r"heads of 2 blocks, \[1, 2\], but 3 blocks"),
-    ],
-)
-def test_a_config_that_does_not_say_is_refused(changes: dict[str, Any], error: type[Exception], message: str) -> None:
-    with pytest.raises(error, match=message):
-        heads_from_config(config(**changes), ["mid_block.a"])
-
-
-@pytest.mark.parametrize("layer", ["down_blocks.3.a", "encoder.a", "down_blocks.x.a", "a"])
-def test_a_layer_in_no_block_is_refused(layer: str) -> None:
-    with pytest.raises(CheckpointError, match=f"attention layer `{layer}` is in no block"):
-        heads_from_config(config(), [layer])
-
-
-def shapes(*projections: str, rows: int = 8) -> dict[str, tuple[int, ...]]:
-    return {f"{LAYER}.{name}.weight": (rows, 6) for name in projections or ("to_q", "to_k", "to_v")}
-
-
-def test_splits_follow_the_order_of_the_state_dict() -> None:
-    found = head_splits({"conv_in.weight": (3, 3), **shapes(), f"{LAYER}.to_v.bias": (8,)}, {LAYER: 4})
-    assert [split.parent for split in found] == [*shapes(), f"{LAYER}.to_v.bias"]
-    assert {(len(split.parts), split.rows) for split in found} == {(4, 8)}
-
-
-@pytest.mark.parametrize(
-    ("given_shapes", "heads", "message"),
-    [
-        (shapes(rows=9), {LAYER: 4}, r"to_q\.weight` has 9 rows, which 4 heads do not divide"),
-        (shapes(), {LAYER: 0}, "which 0 heads do not divide"),
-        (shapes(), {LAYER + "x": 4}, f"no head count for attention layer `{LAYER}`"),
-        (shapes(), {LAYER: 4, "gone": 4}, "head counts for layers that do not exist: gone"),
+        (plain(9), {LAYER: 4}, r"to_q\.weight` has 9 rows, which 4 heads do not divide"),
+        (plain(), {LAYER: 0}, "which 0 heads do not divide"),
+        (weights({"to_qkv": 8}), {LAYER: 2}, "has 8 rows, which 3 times 2 heads do not divide"),
+        (plain(), {LAYER + "x": 4}, f"no head count for attention layer `{LAYER}`"),
+        (plain(), {LAYER: 4, "gone": 4}, "head counts for layers that do not exist: gone"),
         ({"conv_in.weight": (3, 3)}, {}, "the weights hold no attention"),
         ({}, {}, "the weights hold no attention"),
+        ({"mid.0.proj_attn.weight": (3, 3)}, {}, "deprecated names query, key, value"),
         (
             {f"{LAYER}.to_q_convs.0.weight": (2, 6, 1, 1), "a.to_k_convs.1.bias": (2,)},
             {},
             "in SHA form already: .* 1 more",
         ),
+        (plain(8, "to_q", "to_k"), {LAYER: 4}, f"`{LAYER}` has no whole set of projections: look for to_v"),
+        (plain(8, "to_k", "to_v"), {LAYER: 4}, "look for to_q"),
+        (plain(8, "to_q", "add_k_proj"), {LAYER: 4}, "look for add_v_proj"),
+        ({f"{LAYER}.to_q.bias": (8,)}, {LAYER: 4}, "look for to_k, to_q, to_v"),
+        (plain() | weights({"to_qkv": 24}), {LAYER: 4}, "holds to_qkv and also to_q, to_k, to_v, of which it is made"),
+        (plain() | weights({"to_kv": 16}), {LAYER: 4}, "holds to_kv and also to_k, to_v"),
+        (plain() | plain(8, "q_proj"), {LAYER: 4}, "look for"),
+        (weights({"to_q": 8, "to_k": 6, "to_v": 6}), {LAYER: 2}, r"to_k\.weight` has 6 rows, no fit for 2 heads of 4"),
+        (weights({"to_q": 12, "to_k": 8, "to_v": 8}), {LAYER: 3}, "has 8 rows, no fit for 3 heads of 4 rows"),
+        (weights({"to_q": 8, "to_k": 4, "to_v": 8}), {LAYER: 2}, "different numbers of rows: to_k 4, to_v 8"),
+        (weights({"to_q": 8, "to_kv": 6}), {LAYER: 2}, r"to_kv\.weight` has 6 rows, no fit"),
+        (plain() | {f"{LAYER}.to_k.weight": (8, 6, 1, 1)}, {LAYER: 2}, r"to_k\.weight` is no matrix: .*\(8, 6, 1, 1\)"),
+        (plain() | {f"{LAYER}.to_k.weight": ()}, {LAYER: 2}, r"to_k\.weight` has 0 rows, no fit"),
+        (plain() | {f"{LAYER}.to_k.bias": (7,)}, {LAYER: 2}, r"to_k\.bias` has the shape \(7,\), beside .* 8 rows"),
+        (
+            plain() | {f"{LAYER}.norm_q.weight": (8,)},
+            {LAYER: 2},
+            "normalizes across heads .*: norm_q needs all 2 heads",
+        ),
+        (plain() | {f"{LAYER}.add_q_proj.weight": (8, 6)}, {LAYER: 2}, "jointly .it has add_q_proj.weight"),
+        (plain() | {f"{LAYER}.processor.to_k_ip.0.weight": (8, 6)}, {LAYER: 2}, "weights of its own, .*to_k_ip"),
     ],
 )
-def test_what_cannot_be_split_is_refused(
-    given_shapes: dict[str, tuple[int, ...]], heads: dict[str, int], message: str
-) -> None:
-    with pytest.raises(CheckpointError, match=message):
-        head_splits(given_shapes, heads)
+def test_what_cannot_be_split_is_refused(shapes: Shapes, heads: dict[str, int], message: str) -> None:
+    with pytest.raises(CheckpointError, match=f"(?s){message}"):
+        head_splits(shapes, heads)
+
+
+def test_norms_of_single_heads_are_no_obstacle() -> None:
+    assert len(head_splits(plain() | {f"{LAYER}.norm_q.weight": (4,), f"{LAYER}.norm_k.weight": (4,)}, {LAYER: 2})) == 3
+
+
+def test_all_that_stands_against_a_split_is_in_one_message() -> None:
+    shapes = plain(9) | weights({"to_q": 8}, layer="b") | weights({"to_q": 8, "to_k": 8, "to_v": 8}, layer="c")
+    with pytest.raises(CheckpointError) as error:
+        head_splits(shapes, {LAYER: 4, "b": 2})
+    lines = error.value.args[0].splitlines()
+    assert lines[0] == "3 things of the attention layers stand against a split:"
+    assert [line.count(name) for line, name in zip(lines[1:], (LAYER, "`b`", "`c`"), strict=True)] == [1, 1, 1]
+    assert "check num_attention_heads" in error.value.hint
+    assert "is the weights file whole?" in error.value.hint
+
+
+def test_layers_that_cannot_be_cut_may_be_left_alone_with_the_reason() -> None:
+    good = weights(dict.fromkeys(SETS["plain"], 8), layer="good")
+    joint = weights(dict.fromkeys((*SETS["plain"], "add_q_proj"), 8), layer="joint")
+    splits, left_alone = plan_splits(good | joint | plain(9), {"good": 2, "joint": 2, LAYER: 4})
+    assert splits == head_splits(good, {"good": 2})
+    assert left_alone.keys() == {"joint", LAYER}
+    assert "jointly" in left_alone["joint"]
+    assert "which 4 heads do not divide" in left_alone[LAYER]
+    assert plan_splits(good, {"good": 2})[1] == {}
+    with pytest.raises(CheckpointError, match="jointly"):
+        plan_splits(joint, {"joint": 2})
 
 
 def test_a_layer_without_a_count_gets_the_nearest_known_name() -> None:
     with pytest.raises(CheckpointError) as error:
-        head_splits(shapes(), {LAYER + "x": 4})
+        head_splits(plain(), {LAYER + "x": 4})
     assert error.value.hint == f"nearest known: `{LAYER}x`"
 
 
-def test_a_decoder_s_attention_is_in_no_block() -> None:
-    adapter = vae_case().adapter
-    with pytest.raises(CheckpointError, match="is in no block of the config"):
-        heads_from_config(adapter.config() | {"attention_head_dim": 1}, attention_paths(adapter.model.state_dict()))
-
-
-def test_a_transformer_has_one_count_for_all_layers() -> None:
-    torch.manual_seed(0)
-    model: Any = PixArtTransformer2DModel(
-        num_attention_heads=3, attention_head_dim=4, num_layers=2, cross_attention_dim=12, sample_size=8
-    )
-    adapter = adapter_for(model)
-    expected = {layer.path: layer.heads for layer in adapter.attention_layers()}
-    assert heads_from_config(adapter.config(), attention_paths(model.state_dict())) == expected
-    assert set(expected.values()) == {3}
+@given(st.dictionaries(st.sampled_from(sorted(CUT_INTO)), st.integers(0, 12)), st.integers(-1, 4))
+def test_whatever_the_rows_a_split_is_whole_or_refused(rows: dict[str, int], heads: int) -> None:
+    shapes: Any = weights(rows)
+    try:
+        splits = head_splits(shapes, {LAYER: heads})
+    except CheckpointError:
+        return
+    assert {split.parent: split.rows for split in splits} == {key: shape[0] for key, shape in shapes.items()}

@@ -50,6 +50,6 @@ def test_h17_the_pair_keeps_its_answer_when_both_are_rewritten(variant: str) -> 
     wrong = float((run_pair(unet, controlnet, SCALE, inputs) - mha).abs().max() / mha.abs().max())
     assert wrong > 1e-5
     with pytest.raises(QualityGateError, match="the pair: SHA differs from MHA by"):
-        _require_small("the pair", [error, wrong])
+        _require_small("the pair", {"right": error, "wrong": wrong})
     with pytest.raises(QualityGateError, match="nan"):
-        _require_small("the pair", [error, float("nan")])
+        _require_small("the pair", {"right": error, "broken": float("nan")})

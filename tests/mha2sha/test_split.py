@@ -1,15 +1,12 @@
-"""The algebra of the split: heads put together again are the parent, bit by bit, and encodings go with their rows."""
+"""The algebra of the split: heads put together again are the parent, bit by bit."""
 
 from typing import Any
 
-import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sdconvert.errors import EncodingsError
-from sdconvert.mha2sha.encodings import split_activations, split_parameters
 from sdconvert.mha2sha.heads import PROJECTIONS, head_splits
 from sdconvert.mha2sha.state_dict import split_state_dict
 
@@ -67,103 +64,3 @@ def test_heads_stand_where_their_parent_stood(drawn: tuple[dict[str, Tensor], di
     order = [parents.get(key, key) for key in split_state_dict(state, splits(state, heads))]
     assert list(dict.fromkeys(order)) == list(state)
     assert sorted(order, key=list(state).index) == order
-
-
-def entry(scale: float, bitwidth: int = 8) -> dict[str, Any]:
-    bound = scale * 2 ** (bitwidth - 1)
-    return {
-        "bitwidth": bitwidth,
-        "dtype": "int",
-        "is_symmetric": "True",
-        "max": bound - scale,
-        "min": -bound,
-        "offset": -(2 ** (bitwidth - 1)),
-        "scale": scale,
-    }
-
-
-@given(attentions(), st.sampled_from([4, 8]))
-@settings(max_examples=40, deadline=None)
-def test_entries_per_channel_are_sliced_as_the_rows_and_one_entry_is_repeated(
-    drawn: tuple[dict[str, Tensor], dict[str, int]], bitwidth: int
-) -> None:
-    state, heads = drawn
-    cuts = splits(state, heads)
-    channels = {
-        key: [entry(1 + k, bitwidth) for k in range(tensor.shape[0])]
-        for key, tensor in state.items()
-        if key.endswith("weight")
-    }
-    whole = {key: entries[:1] for key, entries in channels.items()}
-    sliced = split_parameters(channels, cuts, list(state))
-    repeated = split_parameters(whole, cuts, list(state))
-    parts = split_state_dict(state, cuts)
-    assert list(sliced) == list(repeated) == [key for key in parts if key.endswith("weight")]
-    for key, entries in sliced.items():
-        assert len(entries) == parts[key].shape[0]
-    for cut in (cut for cut in cuts if cut.to_convolution):
-        assert [e for part in cut for e in sliced[part.name]] == channels[cut.parent]
-        assert all(repeated[part.name] == whole[cut.parent] for part in cut)
-
-
-@given(attentions(), st.data())
-@settings(max_examples=30, deadline=None)
-def test_a_list_of_another_length_is_refused(
-    drawn: tuple[dict[str, Tensor], dict[str, int]], data: st.DataObject
-) -> None:
-    state, heads = drawn
-    key = f"{LAYERS[0]}.to_k.weight"
-    rows = state[key].shape[0]
-    count = data.draw(st.integers(2, 40).filter(lambda n: n != rows))
-    with pytest.raises(EncodingsError, match=rf"`{key}` has {count} encodings: neither 1 .* nor {rows}"):
-        split_parameters({key: [entry(1.0, 4)] * count}, splits(state, heads), list(state))
-
-
-def test_an_entry_for_no_parameter_gets_the_nearest_name() -> None:
-    state = {f"{LAYERS[0]}.to_q.weight": torch.zeros(4, 2)}
-    with pytest.raises(EncodingsError, match=r"1 encodings are for no parameter .* `down_blocks\.0\.attn1\.to_z") as e:
-        split_parameters({f"{LAYERS[0]}.to_z.weight": [entry(1.0)]}, splits(state, {LAYERS[0]: 2}), list(state))
-    assert e.value.hint == "nearest parameter: `down_blocks.0.attn1.to_q.weight`"
-
-
-POSITIONS = {
-    name: entry(1.0 + k)
-    for k, name in enumerate(("matmul.0", "matmul.0.second", "mul.0", "softmax.0", "matmul.1", "matmul.1.second"))
-}
-
-
-@given(st.integers(1, 9))
-def test_every_head_inherits_its_parent_s_ranges(heads: int) -> None:
-    state = {f"{LAYERS[0]}.{name}.weight": torch.zeros(heads, 2) for name in PROJECTIONS}
-    projections = {f"{LAYERS[0]}.{name}": {"output": {"0": entry(k)}} for k, name in enumerate(PROJECTIONS)}
-    sections = {
-        "activation_encodings": {"conv_in": {"output": {"0": entry(9)}}, **projections},
-        "functional_encodings": {LAYERS[0]: POSITIONS, "mid_block": {"add.0": entry(8)}},
-    }
-    result = split_activations(sections, splits(state, {LAYERS[0]: heads}))
-    functional = result["functional_encodings"]
-    assert functional["mid_block"] == sections["functional_encodings"]["mid_block"]
-    per_head = functional[LAYERS[0]]
-    assert len(per_head) == 6 * heads + 1
-    for head in range(heads):
-        assert per_head[f"matmul.{2 * head}"] == POSITIONS["matmul.0"]
-        assert per_head[f"matmul.{2 * head}.second"] == POSITIONS["matmul.0.second"]
-        assert per_head[f"mul.{head}"] == POSITIONS["mul.0"]
-        assert per_head[f"softmax.{head}"] == POSITIONS["softmax.0"]
-        assert per_head[f"matmul.{2 * head + 1}"] == POSITIONS["matmul.1"]
-        assert per_head[f"matmul.{2 * head + 1}.second"] == POSITIONS["matmul.1.second"]
-    assert per_head["cat.0"] == POSITIONS["matmul.1"]
-    activations = result["activation_encodings"]
-    assert activations.pop("conv_in") == sections["activation_encodings"]["conv_in"]
-    assert activations == {
-        f"{parent}_convs.{head}": places for parent, places in projections.items() for head in range(heads)
-    }
-
-
-def test_attention_that_is_more_than_plain_is_refused() -> None:
-    state = {f"{LAYERS[0]}.to_q.weight": torch.zeros(4, 2)}
-    positions = {**POSITIONS, "add.0": entry(1.0)}
-    del positions["mul.0"]
-    sections = {"activation_encodings": {}, "functional_encodings": {LAYERS[0]: positions}}
-    with pytest.raises(EncodingsError, match=f"attention `{LAYERS[0]}` is not scale, .*: add.0, mul.0"):
-        split_activations(sections, splits(state, {LAYERS[0]: 2}))
