@@ -117,6 +117,8 @@ class Mha2ShaSection(_Section):
 
     activation_encodings: Literal["inherit", "recalibrate"] = "inherit"
     """`inherit` gives every head the ranges measured for the whole attention, `recalibrate` its own."""
+    fold_scale: bool = False
+    """Multiply the scale of attention's scores into the weights of the queries: one multiplication less per head."""
 
 
 class ExportSection(_Section):

@@ -7,6 +7,7 @@ from sdconvert.adapters import ModelAdapter, Tensors
 from sdconvert.artifacts import read_json
 from sdconvert.errors import CheckpointError
 from sdconvert.io.tensors import load_tensors
+from sdconvert.mha2sha.name_map import NameMap
 from sdconvert.models.attention import SHAAttentionPatch
 from sdconvert.models.rewrites import apply_rewrites
 from sdconvert.quantize.artifact import QuantizerSettings, Simulation, load_simulation
@@ -14,7 +15,6 @@ from sdconvert.quantize.artifact import QuantizerSettings, Simulation, load_simu
 GRAPHS = ("controlnet", "unet")
 HEAD_RANGES = "head_ranges.json"
 AGREEMENT = "sha_vs_mha.json"
-REWRITES = "rewrites.json"
 
 
 @dataclass(frozen=True)
@@ -33,12 +33,6 @@ class Mha2ShaArtifact:
         figures: dict[str, dict[str, float]] = read_json(path) if path.is_file() else {}
         return figures
 
-    def rewrites(self, graph: str) -> list[str]:
-        """Names of the rewrites beside attention per head that the graph's files are in the form of."""
-        path = self.graph_folder(graph) / REWRITES
-        names: list[str] = read_json(path) if path.is_file() else []
-        return names
-
     def simulation(
         self, graph: str, adapter: ModelAdapter, example: Tensors, settings: QuantizerSettings
     ) -> Simulation:
@@ -56,9 +50,9 @@ class Mha2ShaArtifact:
         Raises:
             CheckpointError: As `simulation`; the model keeps its own weights.
         """
-        for patch in SHAAttentionPatch.wrap_model("sha", adapter.model).values():
-            patch.fuse()
-        apply_rewrites(adapter.model, self.rewrites(graph))
+        name_map = NameMap.load(self.graph_folder(graph))
+        SHAAttentionPatch.wrap_model("sha", adapter.model, fold_scale=bool(name_map.folded)).fuse()
+        apply_rewrites(adapter.model, name_map.rewrites)
         weights = load_tensors(self.graph_folder(graph) / "state_dict_sha.safetensors")
         expected, found = (
             {(name, tensor.shape) for name, tensor in state.items()} for state in (adapter.model.state_dict(), weights)

@@ -133,6 +133,12 @@ def reverse_folder(source: Path, out: Path, *, verify: bool = True) -> Mha2ShaSu
         UsageError: `out` is the source.
     """
     name_map = NameMap.load(source)
+    if name_map.folded:
+        raise UsageError(
+            f"`{source}` holds weights that the scale of attention is folded into ({len(name_map.folded)} tensors), so "
+            "the original bits are gone",
+            hint="the MHA form is still where the road wrote it: 30-quantize",
+        )
     layout = WeightsLayout.parse(dict(name_map.weights), source / NAME)
     files = find_source(source, "sha")
     _require_other_folder(files, out)

@@ -2,7 +2,7 @@
 
 {"version": 1, "heads": {"<layer>": 8}, "left_alone": {"<layer>": "why"},
 "splits": [{"layer": …, "parent": …, "to_convolution": true, "parts": [["<name>", 0, 40], …]}],
-"weights": {…}, "encodings": {"<file of the SHA form>": {…}}}
+"weights": {…}, "encodings": {"<file of the SHA form>": {…}}, "rewrites": ["<name>"], "folded": {"<name>": 0.125}}
 
 `weights` and `encodings` hold what the reverse needs beside the splits: names, order, and form of the MHA files.
 """
@@ -32,6 +32,8 @@ class NameMap:
         left_alone: Attention layers that were not, and why.
         weights: Layout of the MHA form's weights files.
         encodings: By name in the SHA folder: what the MHA form's file was.
+        rewrites: Beside attention per head, by name.
+        folded: Factor of every tensor of the SHA form that the scores' scale was multiplied into.
     """
 
     splits: tuple[RowSplit, ...]
@@ -39,6 +41,8 @@ class NameMap:
     left_alone: Mapping[str, str] = field(default_factory=dict)
     weights: Mapping[str, Any] = field(default_factory=dict)
     encodings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    rewrites: tuple[str, ...] = ()
+    folded: Mapping[str, float] = field(default_factory=dict)
 
     def save(self, folder: Path) -> None:
         """Write `heads.json`, one line per parent."""
@@ -59,6 +63,8 @@ class NameMap:
             "left_alone": self.left_alone,
             "weights": self.weights,
             "encodings": self.encodings,
+            "rewrites": self.rewrites,
+            "folded": self.folded,
         }
         entries = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in content.items()]
         splits = '"splits": [\n' + ",\n".join(lines) + "\n]"
@@ -77,10 +83,10 @@ class NameMap:
             if content["version"] != _VERSION:
                 raise CheckpointError(f"`{path}` has version {content['version']}, not {_VERSION}", hint=_HINT)
             splits = tuple(_split(path, entry) for entry in content["splits"])
-            rest = {key: dict(content[key]) for key in ("heads", "left_alone", "weights", "encodings")}
+            rest = {key: dict(content[key]) for key in ("heads", "left_alone", "weights", "encodings", "folded")}
             if odd := [name for name in rest["encodings"] if Path(name).name != name]:
                 raise CheckpointError(f"`{path}`: `{odd[0]}` is no name of a file in the folder", hint=_HINT)
-            return cls(splits, **rest)
+            return cls(splits, **rest, rewrites=tuple(map(str, content["rewrites"])))
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise CheckpointError(f"`{path}` is no name map: {error!r}", hint=_HINT) from error
 

@@ -1,6 +1,7 @@
 """The work of `40-mha2sha`: convert, then compare the two forms on inputs of the pipeline."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,16 +11,22 @@ from sdconvert.artifacts import write_json_atomic
 from sdconvert.calibration.artifact import CalibrationArtifact
 from sdconvert.checkpoint.artifact import CheckpointArtifact
 from sdconvert.errors import QualityGateError
+from sdconvert.io.encodings import read_encodings, write_encodings, write_params
+from sdconvert.io.tensors import save_tensors
+from sdconvert.metrics import worst_sqnr_db
 from sdconvert.mha2sha.artifact import AGREEMENT, GRAPHS, HEAD_RANGES, Mha2ShaArtifact
 from sdconvert.mha2sha.command import convert_folder
+from sdconvert.mha2sha.fold import fold_scales, fold_sections
 from sdconvert.mha2sha.layers import Forward, agreements_db, relative_errors, run_fp32, run_quantized
+from sdconvert.mha2sha.name_map import NameMap
 from sdconvert.mha2sha.pair import run_pair
 from sdconvert.mha2sha.recalibrate import OUTPUT, recalibrate_heads
 from sdconvert.pipelines.backend import graph_adapters
-from sdconvert.quantize.artifact import QuantizeArtifact, Simulation, save_simulation
+from sdconvert.quantize.artifact import QuantizeArtifact, Simulation, load_simulation, save_simulation
 from sdconvert.stages import StageContext
 
 _LARGEST_FP32_ERROR = 1e-5
+_LOWEST_FOLDED_DB = 50.0
 
 
 def run(context: StageContext) -> dict[str, Any]:
@@ -40,6 +47,8 @@ def run(context: StageContext) -> dict[str, Any]:
         metrics |= figures
         if context.recipe.mha2sha.activation_encodings == "recalibrate":
             metrics |= _recalibrate(sha, data, context.out / graph)
+        if context.recipe.mha2sha.fold_scale:
+            metrics |= _fold(sha, data, context.out / graph)
     # Both models have their SHA form by now: each alone is right, and so must be what they do together.
     outputs = [{"out_sample": run_both(one)} for one in inputs]
     errors = relative_errors(Forward([{"out_sample": one} for one in references], []), Forward(outputs, []))
@@ -97,3 +106,25 @@ def _recalibrate(sha: Simulation, data: CalibrationArtifact, folder: Path) -> di
     save_simulation(sha, folder / f"{graph}.encodings")
     write_json_atomic(figures, folder / HEAD_RANGES)
     return {f"{graph}_{ranges}_vs_fp32_db": value for ranges, value in figures[OUTPUT].items()}
+
+
+def _fold(sha: Simulation, data: CalibrationArtifact, folder: Path) -> dict[str, float]:
+    """Fold the scale of attention into its queries, in model and files; return how well that agrees with before."""
+    adapter, graph = sha.adapter, sha.adapter.graph_name
+    one = next(iter(data.evaluation(graph)))
+    before = sha(one)
+    factors = fold_scales(adapter.model)
+    save_tensors(adapter.model.state_dict(), folder / "state_dict_sha.safetensors")
+    path = folder / f"{graph}.encodings"
+    sections = fold_sections(read_encodings(path), factors)
+    write_params(folder / "parameters_sha.encodings", sections["param_encodings"])
+    write_encodings(path, sections)
+    replace(NameMap.load(folder), folded=factors).save(folder)
+    agreement = worst_sqnr_db(before, load_simulation(path, adapter, one, sha.settings)(one))
+    if not agreement >= _LOWEST_FOLDED_DB:
+        raise QualityGateError(
+            f"{graph}: with the scale folded in, the quantized model agrees to {agreement:.1f} dB only with itself "
+            f"before (gate {_LOWEST_FOLDED_DB:.0f} dB)",
+            hint="set mha2sha.fold_scale to false",
+        )
+    return {f"{graph}_folded_vs_unfolded_db": agreement}

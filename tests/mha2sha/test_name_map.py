@@ -36,6 +36,8 @@ CONTENT = {
     "left_alone": {},
     "weights": {},
     "encodings": {},
+    "rewrites": [],
+    "folded": {},
     "splits": [{"layer": "a", "parent": "a.to_q.weight", "to_convolution": True, "parts": [["x", 0, 2], ["y", 2, 4]]}],
 }
 
