@@ -15,6 +15,7 @@ from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, mo
 from pydantic_core import ErrorDetails
 
 from sdconvert.errors import RecipeError
+from sdconvert.models.rewrite_names import RewriteName
 
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -117,6 +118,8 @@ class Mha2ShaSection(_Section):
 
     activation_encodings: Literal["inherit", "recalibrate"] = "inherit"
     """`inherit` gives every head the ranges measured for the whole attention, `recalibrate` its own."""
+    rewrites: tuple[RewriteName, ...] = ()
+    """What else is rewritten for the NPU beside attention per head; none of it changes what the model computes."""
     fold_scale: bool = False
     """Multiply the scale of attention's scores into the weights of the queries: one multiplication less per head."""
 

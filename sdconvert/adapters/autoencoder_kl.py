@@ -23,7 +23,7 @@ class AutoencoderKLAdapter(ModelAdapter):
 
     graph_name = "vae_decoder"
     positional = ("latent_sample",)
-    capabilities: ClassVar = AdapterCapabilities(quantize=True, adaround=True, block_parallel=True)
+    capabilities: ClassVar = AdapterCapabilities(quantize=True, mha2sha=True, adaround=True, block_parallel=True)
 
     def pack(self, call: Mapping[str, Any]) -> Tensors:
         """See `ModelAdapter.pack`."""

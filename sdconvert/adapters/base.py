@@ -34,6 +34,8 @@ class ModelAdapter(ABC):
     """Names of the arguments that a pipeline passes by position."""
     capabilities: ClassVar[AdapterCapabilities] = AdapterCapabilities()
     """What sdconvert can do with the family."""
+    input_ranges: ClassVar[Mapping[str, tuple[float, float]]] = {}
+    """Ranges of graph inputs that calibration data need not show whole, such as a mask's."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model

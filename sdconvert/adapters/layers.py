@@ -18,8 +18,9 @@ from sdconvert.errors import UnsupportedLayerError
 from sdconvert.models.attention_processors import offender_against_graph, rewrite_of, split_heads
 from sdconvert.registry import ClassRegistry, Offender, unknown
 
-# Beside scores of a few tens exp(-100) is nothing, and a 16-bit grid still has 500 steps between 0 and 1.
-_HIDDEN = -100.0
+HIDDEN = -100.0
+"""What hides a token when it is added to its scores: beside them exp(-100) is nothing, and the mask itself still has
+500 steps of a 16-bit grid between 0 and 1."""
 
 
 class LayerRewrite(ABC):
@@ -95,7 +96,7 @@ class TransformersAttention(LayerRewrite):
         """See `LayerRewrite.written_out`."""
         # The longest text; forward takes a corner of it.
         longest = getattr(self.layer.config, "max_position_embeddings", 0)
-        hidden = torch.full((longest, longest), _HIDDEN).triu(1)
+        hidden = torch.full((longest, longest), HIDDEN).triu(1)
 
         def forward(hidden_states: Tensor, *_: Any, **kwargs: Any) -> tuple[Tensor, None]:
             query, key, value = (

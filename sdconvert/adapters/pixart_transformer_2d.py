@@ -16,13 +16,13 @@ from sdconvert.adapters.base import (
     sample_spec,
 )
 from sdconvert.adapters.capabilities import AdapterCapabilities
+from sdconvert.adapters.layers import HIDDEN
 from sdconvert.adapters.spec import GraphSize, IOSpec, Tensors, TensorSpec, numbered
 from sdconvert.adapters.time_projection import ProjectedInput
 from sdconvert.errors import UsageError
 from sdconvert.plugins import PatchPluginBlock
 
 _ARGUMENTS = {"hidden_states", "encoder_hidden_states", "timestep", "added_cond_kwargs", "encoder_attention_mask"}
-_HIDDEN = -10000.0  # what diffusers makes of a 0 in a mask
 _SIZES = ("resolution", "aspect_ratio")
 
 
@@ -31,13 +31,16 @@ class PixArtTransformer2DModelAdapter(ModelAdapter):
     """Graph → sample, noise and (with 8 channels) its variance.
 
     Inputs: hidden_states, encoder_hidden_states, t_emb, encoder_attention_mask, and for models of 1024x1024 pictures
-    resolution and aspect_ratio. The mask is a bias (1, 1, tokens): 0 keeps a token, -10000 hides it. `t_emb`,
-    `resolution` and `aspect_ratio` are sinusoids.
+    resolution and aspect_ratio. The mask is a bias (1, 1, tokens): 0 keeps a token, -100 hides it as well as
+    diffusers' -10000, beside which no grid could hold scores. `t_emb`, `resolution` and `aspect_ratio` are sinusoids.
     """
 
     graph_name = "transformer"
     positional = ("hidden_states",)
-    capabilities: ClassVar = AdapterCapabilities(mha2sha=True, adaround=True, cfg_split=True, block_parallel=True)
+    capabilities: ClassVar = AdapterCapabilities(
+        quantize=True, mha2sha=True, adaround=True, cfg_split=True, block_parallel=True
+    )
+    input_ranges: ClassVar = {"encoder_attention_mask": (HIDDEN, 0.0)}
 
     def pack(self, call: Mapping[str, Any]) -> Tensors:
         """See `ModelAdapter.pack`; a call without a mask keeps every token.
@@ -100,7 +103,7 @@ class PixArtTransformer2DModelAdapter(ModelAdapter):
             sample_spec("hidden_states", config.in_channels, area),
             TensorSpec("encoder_hidden_states", (1, size.tokens, channels)),
             TensorSpec("t_emb", (1, model.adaln_single.emb.time_proj.num_channels), range=(-1.0, 1.0)),
-            TensorSpec("encoder_attention_mask", (1, 1, size.tokens), range=(0.0, 0.0)),
+            TensorSpec("encoder_attention_mask", (1, 1, size.tokens), range=(HIDDEN, 0.0)),
         ]
         if model.use_additional_conditions:
             width = model.adaln_single.emb.additional_condition_proj.num_channels
@@ -142,9 +145,9 @@ class _SqueezableOutput(PatchPluginBlock):
 
 
 def _bias(mask: Tensor | None, text: Tensor) -> Tensor:
-    """A mask (1, tokens) of zeros and ones, or a bias (1, 1, tokens), as a bias."""
+    """A mask (1, tokens) of zeros and ones, or a bias (1, 1, tokens) such as diffusers', as a bias down to -100."""
     if mask is None:
         return torch.zeros(text.shape[0], 1, text.shape[1])
     if mask.ndim == 2:
-        return ((1 - mask.float()) * _HIDDEN).unsqueeze(1)
-    return mask.float()
+        return ((1 - mask.float()) * HIDDEN).unsqueeze(1)
+    return mask.float().clamp(min=HIDDEN)

@@ -38,6 +38,9 @@ def mha2sha(
     skip_unsupported: Annotated[
         bool, typer.Option("--skip-unsupported", help="Leave attention alone that cannot be split, and name it.")
     ] = False,
+    rewrite: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="Rewrite more than attention; several times for several.")
+    ] = None,
     reverse: Annotated[
         bool, typer.Option("--reverse", help="Rebuild the MHA form from a folder that this command wrote.")
     ] = False,
@@ -52,7 +55,7 @@ def mha2sha(
 
     if reverse:
         options: dict[str, object] = {"--num-heads": num_heads, "--num-heads-file": num_heads_file, "--format": format}
-        options["--skip-unsupported"] = skip_unsupported or None
+        options |= {"--skip-unsupported": skip_unsupported or None, "--rewrite": rewrite}
         if idle := [name for name, value in options.items() if value is not None]:
             raise UsageError(
                 f"{', '.join(idle)} has no effect with --reverse", hint="heads.json says how it was; leave it out"
@@ -66,6 +69,7 @@ def mha2sha(
             format,
             heads_file=num_heads_file,
             skip_unsupported=skip_unsupported,
+            rewrites=rewrite or (),
             verify=verify,
         )
     summary = vars(result) | {"source": str(source), "out": str(out)}

@@ -1,6 +1,6 @@
 """`sdconvert mha2sha`: weights and encodings in MHA form → the SHA form, read again and compared; and back."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from sdconvert.mha2sha.encodings import merge_encodings, split_encodings, verify
 from sdconvert.mha2sha.head_counts import heads_from_config, read_heads_file
 from sdconvert.mha2sha.heads import attention_paths, head_splits, plan_splits
 from sdconvert.mha2sha.name_map import NAME, NameMap
+from sdconvert.mha2sha.rewrites import rewrite_splits
 from sdconvert.mha2sha.row_split import RowSplit
 from sdconvert.mha2sha.source import Source, find_source, renamed, stem
 from sdconvert.mha2sha.state_dict import merge_weights, split_weights, verify_weights
@@ -59,6 +60,7 @@ def convert_folder(
     *,
     heads_file: Path | None = None,
     skip_unsupported: bool = False,
+    rewrites: Sequence[str] = (),
     verify: bool = True,
 ) -> Mha2ShaSummary:
     """Write the SHA form of a model; the source is not touched and `out` appears whole or not at all.
@@ -72,6 +74,7 @@ def convert_folder(
         heads_file: JSON of heads by layer, likewise.
         skip_unsupported: Leave layers alone that cannot be split, instead of refusing the model; the summary names
             them.
+        rewrites: Beside attention per head, by name: `sdconvert.models.rewrite_names.REWRITES`.
         verify: Read what was written and compare every tensor and every grid with the source's.
 
     Raises:
@@ -92,6 +95,7 @@ def convert_folder(
         heads = {layer: count for layer, count in heads.items() if layer not in left_alone}
     else:
         splits = head_splits(index.shapes, heads)
+    splits = _in_order([*splits, *rewrite_splits(index.shapes, rewrites)], index.shapes)
     with atomic_folder(out) as partial:
         suffix = f".{format}" if format else None
         weights = split_weights(index, splits, partial, stem(Path(renamed(files.weights.name, "sha"))), suffix)
@@ -101,7 +105,7 @@ def convert_folder(
         if files.config:
             (partial / files.config.name).write_bytes(files.config.read_bytes())
         layout = index.layout().model_dump(mode="json")
-        NameMap(tuple(splits), heads, left_alone, layout, records).save(partial)
+        NameMap(tuple(splits), heads, left_alone, layout, records, tuple(rewrites)).save(partial)
         names = tuple(sorted(path.name for path in partial.iterdir()))
     return Mha2ShaSummary(
         source=source,
@@ -163,6 +167,11 @@ def reverse_folder(source: Path, out: Path, *, verify: bool = True) -> Mha2ShaSu
         left_out={},
         files=names,
     )
+
+
+def _in_order(splits: list[RowSplit], keys: Iterable[str]) -> list[RowSplit]:
+    by_parent = {split.parent: split for split in splits}
+    return [by_parent[key] for key in keys if key in by_parent]
 
 
 def _require_other_folder(files: Source, out: Path) -> None:

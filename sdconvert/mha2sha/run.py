@@ -41,7 +41,9 @@ def run(context: StageContext) -> dict[str, Any]:
     metrics: dict[str, Any] = {}
     for done, graph in enumerate(GRAPHS):
         context.report.step(done, len(GRAPHS), graph)
-        summary = convert_folder(quantized.graph_folder(graph), context.out / graph)
+        summary = convert_folder(
+            quantized.graph_folder(graph), context.out / graph, rewrites=context.recipe.mha2sha.rewrites
+        )
         metrics[f"{graph}_heads"] = summary.heads
         sha, figures = _verify(adapters[graph], data, quantized, Mha2ShaArtifact(context.out))
         metrics |= figures

@@ -11,6 +11,7 @@ residual N - 1 - n, of the same height and width as its output.
 """
 
 import inspect
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -21,11 +22,14 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import Tensor, nn
 
 from sdconvert.errors import PluginError, UnsupportedModelError
+from sdconvert.models.image_layout import in_one_row_by_columns
+from sdconvert.models.sha import SHAAttention
 from sdconvert.plugins import MultiPluginBlock, match_layers
 
 _RESIDUALS = "down_block_additional_residuals"
 _MID_RESIDUAL = "mid_block_additional_residual"
 _UP_BLOCKS = ("UpBlock2D", "CrossAttnUpBlock2D")
+_ATTENDS_TO_PIXELS = re.compile(r"pixel_attentions\.\d+\.transformer_blocks\.\d+\.attn2$|\.attn2_plus$")
 
 
 @dataclass(frozen=True)
@@ -51,8 +55,12 @@ class _Step:
     has_text: bool
 
 
-class _PixelPlugin(MultiPluginBlock):
-    """What both variants share: the residuals of the present call, by step of the up path."""
+class PixelPlugin(MultiPluginBlock):
+    """What both variants share: the residuals of the present call, by step of the up path.
+
+    Attributes:
+        image_context: Whether attention takes the residuals as images (b, c, 1, pixels), not as tokens (b, pixels, c).
+    """
 
     host_model: UNet2DConditionModel
 
@@ -60,6 +68,12 @@ class _PixelPlugin(MultiPluginBlock):
         sources = ["pre_hook:", *sources]
         super().__init__(name, match_layers(sources, host_model), match_layers(targets, host_model))
         self.residuals: tuple[Tensor, ...] = ()
+        self.image_context = False
+
+    def attentions(self) -> list[nn.Module]:
+        """The layers that attend to pixels."""
+        paths = [path for path, _ in self.host_model.named_modules() if _ATTENDS_TO_PIXELS.search(path)]
+        return [self.host_model.get_submodule(path) for path in paths]
 
     def from_layer_hook(
         self, host: nn.Module, fea_in: tuple[Any, ...], fea_out: Any, idx: int, fea_kwargs: dict[str, Any] | None = None
@@ -84,7 +98,7 @@ class _PixelPlugin(MultiPluginBlock):
             )
 
 
-class PixelAttentionPlugin(_PixelPlugin):
+class PixelAttentionPlugin(PixelPlugin):
     """Full PASD: a pixel transformer after each layer of each up block, as `up_blocks.{i}.pixel_attentions.{j}`.
 
     Args:
@@ -109,12 +123,13 @@ class PixelAttentionPlugin(_PixelPlugin):
         step = self.steps[idx]
         transformer = self.host_model.get_submodule(f"up_blocks.{step.block}.pixel_attentions.{step.layer}")
         hidden = fea_out[0] if step.has_text else fea_out
-        pixels = _tokens(self.residuals[step.residual])
+        residual = self.residuals[step.residual]
+        pixels = in_one_row_by_columns(residual) if self.image_context else _tokens(residual)
         (hidden,) = transformer(hidden, encoder_hidden_states=pixels, return_dict=False)
         return (hidden,) if step.has_text else hidden
 
 
-class LightPixelAttentionPlugin(_PixelPlugin):
+class LightPixelAttentionPlugin(PixelPlugin):
     """Light PASD: attention to pixels inside the text transformers `up_blocks.{i}.attentions.{j}`.
 
     It adds `proj_in_plus` to the transformer, and `norm2_plus` and `attn2_plus` to each of its blocks.
@@ -167,9 +182,33 @@ class LightPixelAttentionPlugin(_PixelPlugin):
     def _pixels(self, step: _Step) -> Tensor:
         residual = self.residuals[step.residual]
         project = _text_transformer(self.host_model, step).proj_in_plus
-        linear = self.host_model.config["use_linear_projection"]
-        tokens: Tensor = project(_tokens(residual)) if linear else _tokens(project(residual))
-        return tokens
+        if not isinstance(project, nn.Conv2d):
+            residual = _tokens(residual)
+        pixels: Tensor = project(residual)
+        return _tokens(pixels) if pixels.ndim == 4 and not self.image_context else pixels
+
+
+def take_pixels_as_images(model: nn.Module) -> int:
+    """Have attention per head take K and V from the ControlNet's residuals as images.
+
+    Returns:
+        Number of layers that attend to pixels, 0 for a model without PASD's plugin.
+
+    Raises:
+        UnsupportedModelError: One of them is not per head yet, and takes tokens only.
+    """
+    count = 0
+    for plugin in [module for module in model.modules() if isinstance(module, PixelPlugin)]:
+        attentions = plugin.attentions()
+        if others := [layer for layer in attentions if not isinstance(layer, SHAAttention)]:
+            raise UnsupportedModelError(
+                f"{len(others)} of {len(attentions)} layers that attend to pixels take tokens only, the first is a "
+                f"{type(others[0]).__name__}",
+                hint="rewrite attention per head first, and fuse it",
+            )
+        plugin.image_context = True
+        count += len(attentions)
+    return count
 
 
 def _steps(unet: UNet2DConditionModel) -> Iterator[_Step]:

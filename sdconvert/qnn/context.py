@@ -11,9 +11,10 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from sdconvert.artifacts import atomic_file
+from sdconvert.artifacts import atomic_file, write_json_atomic
 from sdconvert.errors import CompileError, UsageError
 from sdconvert.qnn.info import ContextInfo, check_context_info, read_context_info
+from sdconvert.qnn.nodes import nodes_path
 from sdconvert.qnn.refusal import explain_refusal
 from sdconvert.soc import Soc
 
@@ -55,7 +56,8 @@ class Context:
 def compile_context(onnx: Path, out_dir: Path, soc: Soc, *, finalization_mode: FinalizationMode = 3) -> Context:
     """Compile a Q/DQ ONNX graph into `<stem>_qnn.bin` and `<stem>.ctx.onnx`; the log becomes `<stem>.compile.log`.
 
-    Graph inputs and outputs stay float32 NCHW under their ONNX names. The two files appear whole or not at all.
+    `<stem>.nodes.json` counts the nodes of the compiled graph by type. Graph inputs and outputs stay float32 NCHW under
+    their ONNX names. The binary and the EPContext model appear whole or not at all.
 
     Raises:
         UsageError: The graph file is missing, or the finalization mode is not one that computes right.
@@ -86,6 +88,7 @@ def compile_context(onnx: Path, out_dir: Path, soc: Soc, *, finalization_mode: F
         binary.replace(out_dir / binary.name)
         built.replace(out_dir / f"{graph}.ctx.onnx")
         figures = json.loads(result.read_text())
+        write_json_atomic(figures["nodes"], nodes_path(out_dir / binary.name))
     return Context(
         graph=graph,
         soc=soc,

@@ -31,14 +31,19 @@ def _devices() -> list[Any]:
     return [device for device in onnxruntime.get_ep_devices() if device.ep_name == _PROVIDER]
 
 
-def compiling_session(onnx: Path, ctx_onnx: Path, soc_model: int, finalization_mode: int) -> Any:
-    """Compile `onnx` for a SoC; its context is written as `ctx_onnx` and, beside it, `<stem>_qnn.bin`."""
+def compiling_session(onnx: Path, ctx_onnx: Path, soc_model: int, finalization_mode: int, graphs: Path) -> Any:
+    """Compile `onnx` for a SoC; its context is written as `ctx_onnx` and, beside it, `<stem>_qnn.bin`.
+
+    The folder `graphs` gets a description of the graph that was compiled, as JSON.
+    """
     entries = {"ep.context_enable": "1", "ep.context_file_path": str(ctx_onnx), "ep.context_embed_mode": "0"}
     provider = {
         # Never `htp_arch`: alone it compiles for half of the VTCM, together with `soc_model` it is ignored.
         "soc_model": str(soc_model),
         "htp_graph_finalization_optimization_mode": str(finalization_mode),
         "offload_graph_io_quantization": "0",
+        "dump_json_qnn_graph": "1",
+        "json_qnn_graph_dir": str(graphs),
     }
     return _session(onnx, entries, provider)
 

@@ -34,7 +34,7 @@ class Simulator:
         """Wall time of the last run; the simulator's, not a device's."""
 
     def __call__(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Run once; names and shapes are the graph's, values float32.
+        """Run once; names and shapes are the graph's, values float32, and int32 where tokens go in.
 
         Raises:
             UsageError: A name or a shape is not the graph's.
@@ -42,7 +42,8 @@ class Simulator:
         found = {name: tuple(tensor.shape) for name, tensor in inputs.items()}
         if found != self._inputs:
             raise UsageError(f"the context takes {self._inputs}, not {found}", hint="names and shapes are the graph's")
-        feed = {name: tensor.detach().float().contiguous().cpu().numpy() for name, tensor in inputs.items()}
+        typed = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in inputs.items()}
+        feed = {name: tensor.detach().contiguous().cpu().numpy() for name, tensor in typed.items()}
         start = time.perf_counter()
         values = self._session.run(self._outputs, feed)
         self.seconds = time.perf_counter() - start

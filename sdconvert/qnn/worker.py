@@ -8,9 +8,11 @@ import json
 import os
 import re
 import sys
+import tempfile
 import time
 from pathlib import Path
 
+from sdconvert.qnn.nodes import count_nodes
 from sdconvert.qnn.session import compiling_session
 
 
@@ -21,14 +23,16 @@ def _peak_rss_bytes() -> int:
 
 
 def main(arguments: list[str]) -> None:
-    """Compile as told and write `{"seconds", "peak_rss_bytes"}` as JSON to RESULT; paths are absolute."""
+    """Compile as told and write `{"seconds", "peak_rss_bytes", "nodes"}` as JSON to RESULT; paths are absolute."""
     onnx, ctx_onnx, result, soc_model, mode = arguments
     start = time.perf_counter()
     # The graph's name inside of the context is a hash of the path as given: a bare name gives the same bytes anywhere.
     os.chdir(Path(onnx).parent)
-    compiling_session(Path(Path(onnx).name), Path(ctx_onnx), int(soc_model), int(mode))
-    seconds = time.perf_counter() - start
-    Path(result).write_text(json.dumps({"seconds": seconds, "peak_rss_bytes": _peak_rss_bytes()}))
+    with tempfile.TemporaryDirectory(dir=Path(result).parent) as graphs:
+        compiling_session(Path(Path(onnx).name), Path(ctx_onnx), int(soc_model), int(mode), Path(graphs))
+        figures = {"seconds": time.perf_counter() - start, "peak_rss_bytes": _peak_rss_bytes()}
+        nodes = count_nodes(Path(graphs))
+    Path(result).write_text(json.dumps({**figures, "nodes": nodes}))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -18,6 +18,9 @@ from sdconvert.quantize.settings import Grid, QuantizerSettings
 
 _PREFIX = "quantizer_"
 _FINE_BITWIDTH = 16
+# What a mask hides must stay this far below the least score: exp(-20) is no step of a 16-bit softmax. A range as wide
+# as the mask's -100 would waste 10 dB, and one from data that hides nothing would clip what a later mask hides.
+_HIDDEN_BELOW = 20.0
 
 
 class QuantizerSet:
@@ -28,6 +31,7 @@ class QuantizerSet:
         self.parameters: dict[str, QuantizeDequantize] = {}
         self.sources: dict[str, str] = {}
         self.fixed_ranges: dict[str, tuple[float, float]] = {}
+        self.masked_scores: dict[str, str] = {}
 
 
 def insert_quantizers(graph_module: GraphModule, settings: QuantizerSettings) -> QuantizerSet:
@@ -41,6 +45,7 @@ def insert_quantizers(graph_module: GraphModule, settings: QuantizerSettings) ->
     quantizers = QuantizerSet()
     stored = graph.values(graph_module)
     weights, seconds = graph.parameters(graph_module), graph.operands(graph_module)
+    quantizers.masked_scores = graph.masked_scores(graph_module)
     for value in stored:
         quantizers.activations[value.key] = _insert(graph_module, value.node, settings.activations)
         if value.op in settings.ranges:
@@ -87,13 +92,36 @@ def calibrate(
     with torch.no_grad():
         for name, quantizer in quantizers.parameters.items():
             _calibrate_one(quantizer, graph_module.get_parameter(quantizers.sources[name]))
-        for key, extremes in _observe(graph_module, quantizers, batches).items():
+    calibrate_activations(graph_module, quantizers, batches, margin=margin)
+
+
+def calibrate_activations(
+    graph_module: GraphModule,
+    quantizers: QuantizerSet,
+    batches: Iterator[tuple[Tensor, ...]],
+    *,
+    margin: float,
+    keys: Collection[str] | None = None,
+) -> None:
+    """As `calibrate`, weights as they are, for the tensors in `keys` or for all.
+
+    Raises:
+        UsageError: As `calibrate`.
+    """
+    with torch.no_grad():
+        observed = _observe(graph_module, quantizers, batches)
+        for key, scores in quantizers.masked_scores.items():
+            observed[key] = observed[scores] - torch.tensor([_HIDDEN_BELOW, 0.0])
+        for key, extremes in observed.items():
+            if keys is not None and key not in keys:
+                continue
             quantizer = quantizers.activations[key]
             _calibrate_one(quantizer, extremes)
             if quantizer.bitwidth == _FINE_BITWIDTH:
                 quantizer.set_range(*(bound * (1 + margin) for bound in (quantizer.get_min(), quantizer.get_max())))
     for key, (lowest, highest) in quantizers.fixed_ranges.items():
-        quantizers.activations[key].set_range(torch.tensor(lowest), torch.tensor(highest))
+        if keys is None or key in keys:
+            quantizers.activations[key].set_range(torch.tensor(lowest), torch.tensor(highest))
 
 
 def _observe(

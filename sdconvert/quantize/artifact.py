@@ -8,13 +8,13 @@ from torch import Tensor
 
 from sdconvert.adapters import ModelAdapter, Tensors
 from sdconvert.artifacts import read_json
-from sdconvert.io.encodings import read_encodings
+from sdconvert.io.encodings import read_encodings, write_encodings
 from sdconvert.io.tensors import load_tensors
-from sdconvert.quantize.files import from_sections
+from sdconvert.quantize.files import from_sections, to_sections
 from sdconvert.quantize.settings import QuantizerSettings
 from sdconvert.quantize.simulation import Simulation
 
-__all__ = ["QuantizeArtifact", "QuantizerSettings", "Simulation", "load_simulation"]
+__all__ = ["QuantizeArtifact", "QuantizerSettings", "Simulation", "load_simulation", "save_simulation"]
 
 
 @dataclass(frozen=True)
@@ -58,3 +58,8 @@ def load_simulation(
     sections: dict[str, Any] = read_encodings(encodings)
     simulation.load(from_sections(sections, simulation))
     return simulation
+
+
+def save_simulation(simulation: Simulation, encodings: Path) -> None:
+    """Write the ranges of a simulation as the file that `load_simulation` reads."""
+    write_encodings(encodings, to_sections(simulation))

@@ -10,11 +10,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 from torch.fx import GraphModule, Node
 
 from sdconvert.adapters import ModelAdapter, Tensors
 from sdconvert.errors import UnsupportedModelError
 from sdconvert.plugins import require_fused
+from sdconvert.quantize.simplify import attribute, reshape, simplify
 
 aten = torch.ops.aten
 
@@ -52,9 +54,13 @@ MOVE_OPS = {
     aten.chunk.default,
     aten.slice.Tensor,
     aten.pad.default,
+    aten.embedding.default,
+    aten.index_select.default,
 }
+# Moves of a table's rows, by the name that settings use for the table's grid.
+LOOKUPS: dict[Any, str] = {aten.embedding.default: "embedding"}
 SECOND = ".second"
-_NO_EFFECT = {aten.dropout.default, aten.contiguous.default, aten.clone.default, aten.to.dtype, aten.alias.default}
+CONSTANT = "constant"
 
 
 @dataclass(frozen=True)
@@ -68,7 +74,7 @@ class Value:
 
 @dataclass(frozen=True)
 class Parameter:
-    """A weight or bias of the graph, the op that it enters, and whether it is that op's bias."""
+    """A weight, bias or table of the graph, the op that it enters, and whether it is that op's bias."""
 
     name: str
     op: str
@@ -100,7 +106,7 @@ def trace(adapter: ModelAdapter, inputs: Tensors) -> GraphModule:
     with adapter.as_graph() as module:
         exported = torch.export.export(module, tuple(inputs.values()), strict=False)
     graph_module = exported.module(check_guards=False)
-    _drop_ineffective(graph_module)
+    simplify(graph_module)
     _rename_inputs(graph_module, list(inputs))
     _reshape_sixteen_row_layer_norms(graph_module)
     _require_known_ops(graph_module)
@@ -109,31 +115,33 @@ def trace(adapter: ModelAdapter, inputs: Tensors) -> GraphModule:
 
 
 def values(graph_module: GraphModule) -> list[Value]:
-    """All stored floating-point tensors in execution order: graph inputs and results of value ops."""
+    """All stored floating-point tensors in execution order: constants, graph inputs and results of value ops."""
     seen: Counter[tuple[str, str]] = Counter()
     found = []
     for node in graph_module.graph.nodes:
         if node.op == "placeholder" and _is_float(node):
             found.append(Value(f":{node.name}", "input", node))
-        elif node.target in VALUE_OPS:
-            op, path = VALUE_OPS[node.target], module_path(node)
+            continue
+        op = CONSTANT if _is_constant(graph_module, node) else VALUE_OPS.get(node.target)
+        if op is not None:
+            path = module_path(node)
             found.append(Value(f"{path}:{op}.{seen[path, op]}", op, node))
             seen[path, op] += 1
     return found
 
 
 def parameters(graph_module: GraphModule) -> list[Parameter]:
-    """All floating-point parameters that enter an op."""
+    """All floating-point parameters that enter an op, directly or after moves."""
     found = []
     for node in graph_module.graph.nodes:
-        if node.op == "get_attr" and _is_float(node):
+        if node.op == "get_attr" and _is_float(node) and not _is_constant(graph_module, node):
             user = next(iter(node.users))
             is_bias = user.target in VALUE_OPS and node in user.args[2:]
-            op = VALUE_OPS.get(user.target, "")
+            op = _entered_op(node)
             # Norms take (input, groups or shape, weight, bias): their bias is one place further back.
             if op in ("group_norm", "layer_norm"):
                 is_bias = len(user.args) > 3 and user.args[3] is node
-            found.append(Parameter(node.target.removeprefix("model."), op, is_bias, node))
+            found.append(Parameter(_model_path(node.target), op, is_bias, node))
     return found
 
 
@@ -146,33 +154,48 @@ def operands(graph_module: GraphModule) -> list[Operand]:
     ]
 
 
+def masked_scores(graph_module: GraphModule) -> dict[str, str]:
+    """Keys of sums of attention scores and a mask, the additions between MatMul and Softmax → keys of the scores."""
+    every = {value.node: value for value in values(graph_module)}
+    return {
+        value.key: every[source].key
+        for value in every.values()
+        if value.op == "add" and all(user.target is aten.softmax.int for user in value.node.users)
+        for source in value.node.all_input_nodes
+        if source in every and every[source].op == "matmul"
+    }
+
+
 def module_path(node: Node) -> str:
-    """Path of the module whose forward made the node, in the model's own names."""
+    """Path of the module whose forward made the node, or that holds it, in the model's own names."""
     stack = node.meta.get("nn_module_stack") or {}
+    if node.op == "get_attr" and not stack:
+        return _model_path(node.target).rpartition(".")[0]
     path = list(stack.values())[-1][0] if stack else ""
+    return _model_path(path)
+
+
+def _model_path(path: Any) -> str:
+    """A path in the graph form, in the model's own names: without `model` before it and plugins' containers in it."""
     return str(path).removeprefix("model").removeprefix(".").replace("._host", "")
+
+
+def _entered_op(node: Node) -> str:
+    """The op that a parameter enters; after moves, such as one that picks rows of a table, the first that computes."""
+    user = next(iter(node.users))
+    if user.target in MOVE_OPS and user.target not in LOOKUPS:
+        return _entered_op(user)
+    return (VALUE_OPS | LOOKUPS).get(user.target, "")
+
+
+def _is_constant(graph_module: GraphModule, node: Node) -> bool:
+    """Whether a node is a tensor that belongs to the program, not to the model's weights: a mask, positions."""
+    return node.op == "get_attr" and _is_float(node) and not isinstance(attribute(graph_module, node), nn.Parameter)
 
 
 def _is_float(node: Node) -> bool:
     value = node.meta.get("val")
     return isinstance(value, torch.Tensor) and value.is_floating_point()
-
-
-def _drop_ineffective(graph_module: GraphModule) -> None:
-    for node in list(graph_module.graph.nodes):
-        if node.target is aten._assert_tensor_metadata.default:
-            graph_module.graph.erase_node(node)
-        elif node.target in _NO_EFFECT or _scales_by_one(node):
-            node.replace_all_uses_with(node.args[0])
-            graph_module.graph.erase_node(node)
-    graph_module.graph.eliminate_dead_code()
-    for node in list(graph_module.graph.nodes):
-        if node.op == "get_attr" and not node.users:
-            graph_module.graph.erase_node(node)
-
-
-def _scales_by_one(node: Node) -> bool:
-    return node.target in (aten.mul.Tensor, aten.div.Tensor) and node.args[1] in (1, 1.0)
 
 
 def _rename_inputs(graph_module: GraphModule, names: list[str]) -> None:
@@ -182,30 +205,26 @@ def _rename_inputs(graph_module: GraphModule, names: list[str]) -> None:
 
 
 def _reshape_sixteen_row_layer_norms(graph_module: GraphModule) -> None:
-    """Run LayerNorm of (1, 16, C) as (1, 16, 1, C).
+    """Run LayerNorm of (1, 16, C) or (1, 1, 16, C) as (1, 16, 1, C).
 
     QAIRT 2.51 computes garbage (-1 dB) for a LayerNorm over exactly 16 rows whose result enters a MatMul or 1x1
     convolution, on v69 to v79; 15, 17 and every other count tried are right, and so is this form (70 dB).
     """
     graph = graph_module.graph
     for node in list(graph.nodes):
-        if node.target is not aten.layer_norm.default or tuple(node.meta["val"].shape[:-1]) != (1, 16):
+        if node.target is not aten.layer_norm.default:
             continue
-        channels = node.meta["val"].shape[-1]
+        *rows, channels = node.meta["val"].shape
+        if rows not in ([1, 16], [1, 1, 16]):
+            continue
         with graph.inserting_before(node):
-            rows = _reshape(graph, node, node.args[0], [1, 16, 1, channels])
-        node.args = (rows, *node.args[1:])
+            column = reshape(graph_module, node, node.args[0], [1, 16, 1, channels])
+        node.args = (column, *node.args[1:])
         with graph.inserting_after(node):
-            back = _reshape(graph, node, node, [1, 16, channels])
+            back = reshape(graph_module, node, node, [*rows, channels])
         node.replace_all_uses_with(back, delete_user_cb=lambda user, back=back: user is not back)
         back.meta["val"] = node.meta["val"]
         node.meta = {**node.meta, "val": node.meta["val"].reshape(1, 16, 1, channels)}
-
-
-def _reshape(graph: torch.fx.Graph, like: Node, source: Any, shape: list[int]) -> Node:
-    node = graph.call_function(aten.reshape.default, (source, shape))
-    node.meta = {**like.meta, "val": source.meta["val"].reshape(shape)}
-    return node
 
 
 def _require_known_ops(graph_module: GraphModule) -> None:

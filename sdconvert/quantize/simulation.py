@@ -4,17 +4,18 @@ The same object takes the ranges, runs as a backend of the pipeline, compares la
 turns into ONNX: nothing is quantized twice in two ways.
 """
 
-from collections.abc import Iterable
-from contextlib import AbstractContextManager
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from sdconvert.adapters import ModelAdapter, Tensors
-from sdconvert.errors import PreconditionError
+from sdconvert.errors import PreconditionError, UsageError
 from sdconvert.io.encodings import Encoding
+from sdconvert.plugins.capture import capturing
 from sdconvert.quantize import aimet, graph
 from sdconvert.quantize.settings import QuantizerSettings
 from sdconvert.quantize.sqnr import layer_sqnr_db
@@ -35,6 +36,10 @@ class Simulation:
         adapter: Covers the model.
         example: One set of graph inputs.
         settings: Bit-widths and symmetry.
+
+    Raises:
+        UnsupportedModelError: The graph has ops without a quantization rule, or weights without a grid.
+        UsageError: The adapter gives a range to what is no input.
     """
 
     def __init__(self, adapter: ModelAdapter, example: Tensors, settings: QuantizerSettings) -> None:
@@ -45,6 +50,7 @@ class Simulation:
         output = next(node for node in self.graph_module.graph.nodes if node.op == "output")
         self.output_names = adapter.output_names(len(output.args[0]))
         self.quantizers = aimet.insert_quantizers(self.graph_module, settings)
+        self.quantizers.fixed_ranges |= _input_ranges(adapter, self.quantizers.activations)
         self.calibrated = False
 
     def calibrate(self, samples: Iterable[Tensors]) -> None:
@@ -53,15 +59,70 @@ class Simulation:
         Raises:
             PreconditionError: There is no sample.
         """
+        batches = self._batches(samples)
+        aimet.calibrate(self.graph_module, self.quantizers, iter(batches), margin=self.settings.range_margin)
+        # Files hold the range as min and max on the grid: from here on this graph computes what a file's reader will.
+        self.calibrated = True
+        self.load(self.encodings())
+
+    def recalibrate(self, samples: Iterable[Tensors], paths: Collection[str]) -> list[str]:
+        """Take the ranges of all tensors that some modules make anew; all other ranges stay.
+
+        Args:
+            samples: Of graph inputs.
+            paths: Of the modules; what their children make counts.
+
+        Returns:
+            Keys of these tensors.
+
+        Raises:
+            PreconditionError: There is no sample, or there are no ranges yet.
+            UsageError: A module makes no tensor of the graph.
+        """
+        self._require_ranges()
+        every = list(dict.fromkeys(key for found in self._keys_below(paths).values() for key in found))
+        batches, margin = self._batches(samples), self.settings.range_margin
+        aimet.calibrate_activations(self.graph_module, self.quantizers, iter(batches), margin=margin, keys=set(every))
+        self.load(self.encodings())
+        return every
+
+    @contextmanager
+    def capturing_last(self, paths: Collection[str]) -> Iterator[dict[str, Tensor]]:
+        """Collect, in calls inside the block, the last tensor that each of some modules stores.
+
+        Args:
+            paths: Of the modules; what their children store counts.
+
+        Yields:
+            Filled at the end of the block: the tensor of the latest call by path.
+
+        Raises:
+            UsageError: As `recalibrate`.
+        """
+        names = aimet.child_names(self.graph_module, self.quantizers.activations)
+        order = list(names)
+        last = {
+            path: max((key for key in keys if not key.endswith(graph.SECOND)), key=order.index)
+            for path, keys in self._keys_below(paths).items()
+        }
+        with capturing({path: self.graph_module.get_submodule(names[key]) for path, key in last.items()}) as outputs:
+            yield outputs
+
+    def _keys_below(self, paths: Collection[str]) -> dict[str, list[str]]:
+        keys = {path: [key for key in self.quantizers.activations if _made_below(key, path)] for path in paths}
+        if idle := [path for path, found in keys.items() if not found]:
+            raise UsageError(
+                f"`{idle[0]}` makes no tensor of the {self.adapter.graph_name} graph", hint="is it in the model?"
+            )
+        return keys
+
+    def _batches(self, samples: Iterable[Tensors]) -> list[tuple[Tensor, ...]]:
         batches = [tuple(sample[name] for name in self.input_names) for sample in samples]
         if not batches:
             raise PreconditionError(
                 f"no calibration samples for {self.adapter.graph_name}", hint="run the calibration stage"
             )
-        aimet.calibrate(self.graph_module, self.quantizers, iter(batches), margin=self.settings.range_margin)
-        # Files hold the range as min and max on the grid: from here on this graph computes what a file's reader will.
-        self.calibrated = True
-        self.load(self.encodings())
+        return batches
 
     def encodings(self) -> Encodings:
         """All ranges, in AIMET's form.
@@ -106,6 +167,10 @@ class Simulation:
         every = self.quantizers.activations | self.quantizers.parameters
         floating = aimet.without_quantizers(self.graph_module, every)
         names = aimet.child_names(self.graph_module, self.quantizers.activations)
+        for key in self.quantizers.masked_scores:
+            # How far below all others a hidden score is does not matter.
+            (entry,) = self.encodings().activations[key]
+            setattr(floating, names[key], nn.Hardtanh(entry["min"], entry["max"]))
         return layer_sqnr_db(floating, self.graph_module, names, [inputs[name] for name in self.input_names])
 
     def operand_encodings(self) -> list[Encoding]:
@@ -121,3 +186,18 @@ class Simulation:
             raise PreconditionError(
                 f"the simulation of {self.adapter.graph_name} has no ranges", hint="calibrate() or load() first"
             )
+
+
+def _made_below(key: str, path: str) -> bool:
+    maker = key.partition(":")[0]
+    return maker == path or maker.startswith(f"{path}.")
+
+
+def _input_ranges(adapter: ModelAdapter, keys: Collection[str]) -> dict[str, tuple[float, float]]:
+    ranges = {f":{name}": bounds for name, bounds in adapter.input_ranges.items()}
+    if odd := sorted(ranges.keys() - keys):
+        raise UsageError(
+            f"{type(adapter).__name__}.input_ranges has `{odd[0][1:]}`, no float input of {adapter.graph_name}",
+            hint="its names are those of io_spec",
+        )
+    return ranges

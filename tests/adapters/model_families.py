@@ -1,5 +1,6 @@
 """One tiny model of every family and variant: the real config with small widths, and a call of it."""
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -12,9 +13,10 @@ from diffusers.models.transformers.pixart_transformer_2d import PixArtTransforme
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from static_graphs import golden_case
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from sdconvert.adapters import GraphSize, ModelAdapter, adapter_for
+from sdconvert.adapters.modeling_clip import CLIPTextModelAdapter
 
 # As in the config.json of Stable Diffusion 1.5, but for the widths (a 40th) and the sample (an eighth).
 SD15_UNET: dict[str, Any] = {
@@ -83,6 +85,12 @@ class Family:
     call: dict[str, Any]
     size: GraphSize
 
+    def adapter_of(self, model: nn.Module) -> ModelAdapter:
+        """An adapter with this one's options for another model of the class."""
+        adapter = copy.copy(self.adapter)
+        adapter.model = model
+        return adapter
+
     @torch.no_grad()
     def call_model(self) -> list[Tensor]:
         """The tensors that the model itself answers with, without what the graph leaves out."""
@@ -93,6 +101,10 @@ class Family:
         if isinstance(model, ControlNetModel):
             *_, down, mid = answer
             return [*down, mid]
+        if self.call.get("output_hidden_states"):
+            # As diffusers' SDXL takes them; only the encoder with projection has the second.
+            pooled = [answer[0]] if isinstance(model, CLIPTextModelWithProjection) else []
+            return [model(**self.call).hidden_states[-2], *pooled]
         return [answer[0]]
 
 
@@ -161,11 +173,17 @@ def vae() -> Family:
     return family(build(AutoencoderKL, VAE), GraphSize(), latent_sample=torch.randn(1, 4, 8, 8))
 
 
-def clip(**config: Any) -> Family:
-    model = build(lambda **options: CLIPTextModel(CLIPTextConfig(**options)), CLIP | config)
+def clip(cls: type = CLIPTextModel, **config: Any) -> Family:
+    model = build(lambda **options: cls(CLIPTextConfig(**options)), CLIP | config)
     ids = torch.randint(0, 900, (1, 77))
     ids[0, 0], ids[0, 9:] = 998, 999
     return family(model, GraphSize(), input_ids=ids)
+
+
+def sdxl_clip(second: bool, **config: Any) -> Family:
+    made = clip(CLIPTextModelWithProjection if second else CLIPTextModel, **config)
+    adapter = made.adapter if second else CLIPTextModelAdapter(made.adapter.model, penultimate=True)
+    return Family(adapter, made.call | {"output_hidden_states": True}, made.size)
 
 
 def pixart(**config: Any) -> Family:
@@ -183,6 +201,13 @@ def pixart(**config: Any) -> Family:
         encoder_attention_mask=mask,
         added_cond_kwargs=sizes if model.use_additional_conditions else None,
     )
+
+
+def samples(made: Family) -> list[dict[str, Tensor]]:
+    """Graph inputs to take ranges from: of the family's call, and random ones under the same mask."""
+    inputs = made.adapter.pack(made.call)
+    mask = {name: tensor for name, tensor in inputs.items() if name == "encoder_attention_mask"}
+    return [inputs, *(made.adapter.dummy_inputs(made.adapter.io_spec(made.size), seed) | mask for seed in (1, 2))]
 
 
 @cache
@@ -205,6 +230,8 @@ FAMILIES: dict[str, Callable[[], Family]] = {
     "vae": vae,
     "clip": clip,
     "clip_openai_activation": lambda: clip(hidden_act="gelu"),
+    "sdxl_clip": lambda: sdxl_clip(second=False),
+    "sdxl_clip_with_projection": lambda: sdxl_clip(second=True, hidden_act="gelu", projection_dim=20),
     "pixart": pixart,
     "pixart_with_sizes": lambda: pixart(use_additional_conditions=True),
 }

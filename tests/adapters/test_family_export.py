@@ -6,7 +6,7 @@ from typing import Any
 import onnx
 import pytest
 import torch
-from model_families import FAMILIES, SD15_UNET, unet
+from model_families import FAMILIES, SD15_UNET, samples, unet
 from static_graphs import Case, simulate
 
 from sdconvert.errors import PreconditionError
@@ -16,9 +16,13 @@ from sdconvert.export.operands import insert_operand_pairs
 from sdconvert.export.runner import OnnxRunner
 from sdconvert.metrics import worst_sqnr_db
 from sdconvert.models.attention import SHAAttentionPatch
+from sdconvert.qnn.context import compile_context
+from sdconvert.qnn.simulator import Simulator
+from sdconvert.quantize.simulation import Simulation
+from sdconvert.soc import find_soc
 
 # The embedded PASD walks the whole road, and the golden ones their quantized export, in other tests.
-QUICK = ("clip", "pixart_with_sizes")
+QUICK = ("sdxl_clip_with_projection", "pixart_with_sizes")
 SLOW = sorted(FAMILIES.keys() - set(QUICK))
 
 
@@ -41,7 +45,8 @@ def check(name: str, path: Path) -> Any:
 def test_onnx_runtime_computes_what_the_model_computes(name: str, tmp_path: Path) -> None:
     graph = check(name, tmp_path / "graph.onnx")
     types = {value.name: value.type.tensor_type.elem_type for value in graph.input}
-    assert types.pop("input_ids", onnx.TensorProto.INT32) == onnx.TensorProto.INT32
+    for name in ("input_ids", "eos_position"):
+        assert types.pop(name, onnx.TensorProto.INT32) == onnx.TensorProto.INT32
     assert set(types.values()) <= {onnx.TensorProto.FLOAT}
 
 
@@ -51,18 +56,46 @@ def test_onnx_runtime_computes_what_the_model_computes_for_the_rest(name: str, t
     check(name, tmp_path / "graph.onnx")
 
 
+def quantized(name: str, path: Path) -> tuple[Case, Simulation]:
+    """A family's simulation, checked against fp32 and against its Q/DQ graph in ONNX Runtime, written to a path."""
+    family = FAMILIES[name]()
+    case = Case(family.adapter, family.call, samples(family))
+    inputs = case.samples[0]
+    simulation = simulate(case)
+    model = to_onnx(simulation, inputs, opset=21)
+    insert_operand_pairs(model, simulation.operand_encodings())
+    onnx.checker.check_model(model, full_check=True)
+    onnx.save(model, str(path))
+    assert worst_sqnr_db(simulation(inputs), OnnxRunner(path)(inputs)) >= 50
+    assert worst_sqnr_db(case.adapter.run(inputs), simulation(inputs)) >= 20
+    return case, simulation
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["sd21_unet", "sdxl_unet", "controlnet"])
 def test_the_quantized_graph_in_onnx_runtime_is_the_simulation(name: str, tmp_path: Path) -> None:
-    family = FAMILIES[name]()
-    adapter, inputs = family.adapter, family.adapter.pack(family.call)
-    samples = [inputs, *(adapter.dummy_inputs(adapter.io_spec(family.size), seed) for seed in (1, 2))]
-    simulation = simulate(Case(adapter, family.call, samples))
-    model = to_onnx(simulation, inputs, opset=21)
-    insert_operand_pairs(model, simulation.operand_encodings())
-    onnx.save(model, str(tmp_path / "graph.onnx"))
-    assert worst_sqnr_db(simulation(inputs), OnnxRunner(tmp_path / "graph.onnx")(inputs)) >= 50
-    assert worst_sqnr_db(adapter.run(inputs), simulation(inputs)) >= 20
+    quantized(name, tmp_path / "graph.onnx")
+
+
+@pytest.mark.parametrize(
+    ("name", "at_least"),
+    [
+        ("clip", 60),
+        ("sdxl_clip_with_projection", 50),
+        ("pixart", 60),
+        pytest.param("clip_openai_activation", 50, marks=pytest.mark.slow),
+        pytest.param("sdxl_clip", 55, marks=pytest.mark.slow),
+        pytest.param("pixart_with_sizes", 60, marks=pytest.mark.slow),
+    ],
+)
+def test_the_htp_computes_the_quantized_graph_whole(name: str, at_least: float, tmp_path: Path) -> None:
+    """Token ids, lookups, masks and modulations included; figures of SM8650 in QAIRT 2.51's simulator."""
+    case, simulation = quantized(name, tmp_path / "graph.onnx")
+    context = compile_context(tmp_path / "graph.onnx", tmp_path, find_soc("SM8650"))
+    assert context.cpu_nodes == 0
+    run = Simulator(context.ctx_onnx)
+    assert min(worst_sqnr_db(simulation(inputs), run(inputs)) for inputs in case.samples) >= at_least
+    assert min(worst_sqnr_db(case.adapter.run(inputs), run(inputs)) for inputs in case.samples) >= 30
 
 
 def test_x9_an_export_with_unfused_plugins_names_the_fused_model(tmp_path: Path) -> None:

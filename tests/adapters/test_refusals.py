@@ -55,7 +55,7 @@ def test_x3_all_offenders_of_a_model_are_in_one_message() -> None:
     assert "`conv_out.odd`: no layer covers OtherAttention" in message
     assert "class_embed_type='timestep' needs an input" in message
     assert "layer known: Attention, CLIPAttention" in message
-    assert "attention processor known: AttnAddedKVProcessor" in message
+    assert "attention processor known: AllegroAttnProcessor2_0, AttnAddedKVProcessor" in message
     assert "`@LayerRegistry.register(OtherAttention)`" in hint
     assert "`@AttentionProcessorRegistry.register(Doubling)`" in hint
     assert {name: tensor.data_ptr() for name, tensor in model.state_dict().items()} == before

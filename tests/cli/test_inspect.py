@@ -8,7 +8,7 @@ import torch
 from onnx import TensorProto, helper
 
 from sdconvert.artifacts import Manifest, describe_outputs, write_json_atomic
-from sdconvert.cli.inspect import _recognize
+from sdconvert.cli.inspect import _compare, _recognize
 from sdconvert.errors import CheckpointError, UsageError
 from sdconvert.io.tensors import save_tensors
 
@@ -57,6 +57,42 @@ def test_onnx(tmp_path: Path) -> None:
         "inputs": {"x": [1, "n"]},
         "outputs": {"y": [1, "n"]},
     }
+
+
+def _write_onnx(path: Path, *operators: str) -> Path:
+    value = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [1]) for name in ("t0", f"t{len(operators)}")]
+    nodes = [helper.make_node(operator, [f"t{n}"], [f"t{n + 1}"]) for n, operator in enumerate(operators)]
+    onnx.save(helper.make_model(helper.make_graph(nodes, "g", value[:1], value[1:])), path)
+    return path
+
+
+def test_two_graphs_are_compared_node_type_by_node_type(tmp_path: Path) -> None:
+    before = _write_onnx(tmp_path / "a.onnx", "Transpose", "Transpose", "Relu", "Transpose")
+    after = _write_onnx(tmp_path / "b.onnx", "Relu", "Sigmoid")
+    data, table = _compare(before, after)
+    assert data["nodes"] == {"before": 4, "after": 2, "difference": -2}
+    assert data["operators"] == {
+        "Transpose": {"before": 3, "after": 0, "difference": -3},
+        "Sigmoid": {"before": 0, "after": 1, "difference": 1},
+        "Relu": {"before": 1, "after": 1, "difference": 0},
+    }
+    assert table.rows[0] == ("Transpose", "3", "0", "-3")
+    assert table.rows[-1] == ("all", "4", "2", "-2")
+
+
+def test_only_graphs_of_one_kind_are_compared(tmp_path: Path) -> None:
+    graph = _write_onnx(tmp_path / "a.onnx", "Relu")
+    save_tensors(WEIGHTS, tmp_path / "w.safetensors")
+    (tmp_path / "unet_qnn.bin").write_bytes(b"not read")
+    for other in (tmp_path / "w.safetensors", tmp_path / "unet_qnn.bin"):
+        with pytest.raises(UsageError, match="give two|is onnx and"):
+            _compare(graph, other)
+    with pytest.raises(UsageError, match="says nothing about its nodes") as error:
+        _compare(tmp_path / "unet_qnn.bin", tmp_path / "unet_qnn.bin")
+    assert "`unet.nodes.json` is missing" in error.value.hint
+    write_json_atomic({"Conv2d": 3}, tmp_path / "unet.nodes.json")
+    data, _ = _compare(tmp_path / "unet_qnn.bin", tmp_path / "unet_qnn.bin")
+    assert data["operators"] == {"Conv2d": {"before": 3, "after": 3, "difference": 0}}
 
 
 def test_stage_and_run(tmp_path: Path) -> None:

@@ -54,6 +54,9 @@ def test_recipe_sets_the_bit_widths_and_nothing_else() -> None:
     for op in ("conv2d", "linear"):
         assert plain.parameters[op] == Grid(bitwidth=8, symmetric=True, per_channel=True)
         assert changed.parameters[op] == Grid(bitwidth=4, symmetric=True, per_channel=False)
+    for op in ("add", "embedding"):
+        assert plain.parameters[op] == plain.activations
+        assert changed.parameters[op] == changed.activations
     rest = {"activations", "parameters"}
     assert changed.model_dump(exclude=rest) == plain.model_dump(exclude=rest)
     for op in ("group_norm", "layer_norm"):

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from static_graphs import module_case, shared_case, shared_simulation, simulate
 from torch import Tensor, nn
 
-from sdconvert.errors import EncodingsError, PreconditionError
+from sdconvert.errors import EncodingsError, PreconditionError, UsageError
 from sdconvert.metrics import worst_sqnr_db
 from sdconvert.quantize import graph
 from sdconvert.quantize.settings import load_settings
@@ -119,6 +119,16 @@ def test_an_uncalibrated_simulation_does_not_run() -> None:
 def test_calibration_without_samples_is_an_error(toy: Simulation) -> None:
     with pytest.raises(PreconditionError, match="no calibration samples for module"):
         toy.calibrate([])
+
+
+def test_a_range_of_the_adapter_holds_whatever_the_data_show() -> None:
+    case = module_case(nn.SiLU(), 1, 6, 8)
+    case.adapter.input_ranges = {"x": (-50.0, 0.0)}  # type: ignore[misc]
+    (entry,) = simulate(case).encodings().activations[":x"]
+    assert (entry["min"], entry["max"]) == (pytest.approx(-50, rel=1e-3), 0)
+    case.adapter.input_ranges = {"mask": (-50.0, 0.0)}  # type: ignore[misc]
+    with pytest.raises(UsageError, match="ModuleAdapter.input_ranges has `mask`, no float input of module"):
+        simulate(case)
 
 
 def test_calibrating_again_takes_the_new_ranges(toy: Simulation) -> None:

@@ -2,7 +2,7 @@
 
 import json
 from importlib import resources
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -41,18 +41,21 @@ class QuantizerSettings(BaseModel):
     ranges: dict[str, tuple[float, float]] = Field(description="Fixed output ranges by op.")
 
     def with_bitwidths(self, *, weight: int, activation: int, per_channel: bool) -> "QuantizerSettings":
-        """The same settings with the recipe's bit-widths; norms, and what MatMul demands, stay."""
-        weights = {
-            op: grid.model_copy(update={"bitwidth": weight, "per_channel": per_channel})
-            for op, grid in self.parameters.items()
-            if op in ("conv2d", "linear")
+        """The same settings with the recipe's bit-widths; norms, and what MatMul demands, stay.
+
+        Tables that are added or looked up meet activations, and so have their bit-width.
+        """
+        weights = {"bitwidth": weight, "per_channel": per_channel}
+        tables = {"bitwidth": activation}
+        changes: dict[str, dict[str, Any]] = {
+            "conv2d": weights,
+            "linear": weights,
+            "add": tables,
+            "embedding": tables,
         }
-        return self.model_copy(
-            update={
-                "activations": self.activations.model_copy(update={"bitwidth": activation}),
-                "parameters": self.parameters | weights,
-            }
-        )
+        parameters = {op: grid.model_copy(update=changes.get(op, {})) for op, grid in self.parameters.items()}
+        activations = self.activations.model_copy(update=tables)
+        return self.model_copy(update={"activations": activations, "parameters": parameters})
 
 
 def load_settings(architectures: set[int]) -> QuantizerSettings:
