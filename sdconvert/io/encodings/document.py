@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sdconvert.artifacts import write_text_atomic
+from sdconvert.artifacts import atomic_file
 from sdconvert.io.encodings.entries import entry_text
 from sdconvert.io.encodings.tensor import LEGACY, TensorEncoding
 
@@ -69,33 +69,46 @@ class EncodingsFile:
 
     def dumps(self) -> str:
         """The text of the file: one line per tensor or module, in order."""
-        if self.flat:
-            return _object(_legacy_lines(self.params)) + "\n"
-        parts = []
-        for key, value in self.header.items():
-            parts.append(f"{json.dumps(key)}: {self._section_text(key) or json.dumps(value)}")
-        return "{\n" + ",\n".join(parts) + "\n}\n"
+        return "".join(self._pieces())
 
     def write(self, path: Path) -> None:
         """Write the file, whole or not at all."""
-        write_text_atomic(self.dumps(), path)
+        with atomic_file(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+            file.writelines(self._pieces())
 
-    def _section_text(self, key: str) -> str | None:
+    def _pieces(self) -> Iterator[str]:
+        if self.flat:
+            yield from _enclosed(_legacy_lines(self.params), "{}")
+        else:
+            separator = "{\n"
+            for key, value in self.header.items():
+                yield f"{separator}{json.dumps(key)}: "
+                yield from self._section(key, value)
+                separator = ",\n"
+            yield "\n}"
+        yield "\n"
+
+    def _section(self, key: str, value: Any) -> Iterator[str]:
         if key == FUNCTIONAL or (key == ACTIVATIONS and key not in self.tensors):
             section = self.functional if key == FUNCTIONAL else self.modules
-            return _object(f"{json.dumps(k)}: {json.dumps(v, separators=_COMPACT)}" for k, v in section.items())
+            return _enclosed(
+                (f"{json.dumps(k)}: {json.dumps(v, separators=_COMPACT)}" for k, v in section.items()), "{}"
+            )
         if key not in self.tensors:
-            return None
+            return iter([json.dumps(value)])
         if self.version == LEGACY:
-            return _object(_legacy_lines(self.tensors[key]))
-        lines = [entry_text(encoding) for encoding in self.tensors[key].values()]
-        return "[\n" + ",\n".join(lines) + "\n]" if lines else "[]"
+            return _enclosed(_legacy_lines(self.tensors[key]), "{}")
+        return _enclosed(map(entry_text, self.tensors[key].values()), "[]")
 
 
 def _legacy_lines(section: Mapping[str, TensorEncoding]) -> Iterator[str]:
     return (f"{json.dumps(name)}: {entry_text(encoding)}" for name, encoding in section.items())
 
 
-def _object(lines: Iterator[str]) -> str:
-    text = ",\n".join(lines)
-    return "{\n" + text + "\n}" if text else "{}"
+def _enclosed(lines: Iterator[str], brackets: str) -> Iterator[str]:
+    """Lines in brackets, one after the other: the text of a large file is never in memory whole."""
+    separator = f"{brackets[0]}\n"
+    for line in lines:
+        yield f"{separator}{line}"
+        separator = ",\n"
+    yield brackets if separator != ",\n" else f"\n{brackets[1]}"
