@@ -3,13 +3,16 @@
 Nothing here loads weights or imports torch. Strides and offsets count elements, as torch's do.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from math import prod
 from pathlib import Path
+from typing import TypeVar
 
 from sdconvert.errors import CheckpointError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -185,6 +188,33 @@ def runs(sources: Iterable[StoredTensor]) -> Iterator[ByteRange | StoredTensor]:
 def is_text(name: object) -> bool:
     """Whether a name can be written in UTF-8: both formats let half a surrogate pair through their readers."""
     return isinstance(name, str) and not any("\ud800" <= character <= "\udfff" for character in name)
+
+
+def flat_tensors(path: Path, content: object, tensor: type[T]) -> dict[str, T]:
+    """What a pickle holds, if it is weights and nothing else.
+
+    Args:
+        path: Of the file, for the message.
+        content: Of the pickle.
+        tensor: What stands for a tensor in it.
+
+    Raises:
+        CheckpointError: It is no flat dict of tensors.
+    """
+    found = type(content).__name__
+    if isinstance(content, Mapping):
+        wrong = [
+            f"{name!r:.80} is a {type(value).__name__}"
+            for name, value in content.items()
+            if not (is_text(name) and isinstance(value, tensor))
+        ]
+        if not wrong:
+            return dict(content)
+        found = f"{len(content)} entries, of which {', '.join(wrong[:3])}"
+    raise CheckpointError(
+        f"`{path}` holds no flat dict of tensors but {found}",
+        hint="save the model's `state_dict()` alone: torch.save(model.state_dict(), path)",
+    )
 
 
 def damaged(path: Path, reason: object) -> CheckpointError:

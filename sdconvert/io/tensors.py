@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sdconvert.artifacts import atomic_file, disk_full, is_disk_full
 from sdconvert.errors import CheckpointError, UsageError
-from sdconvert.io.stored_tensor import damaged
+from sdconvert.io.stored_tensor import damaged, flat_tensors
 from sdconvert.io.weights_index import WEIGHTS_SUFFIXES, read_index, require_weights_file
 
 _MAPPED_BYTES = 16 << 20  # of a file that is read tensor by tensor
@@ -146,20 +146,7 @@ def _load_pickle(path: Path) -> dict[str, Tensor]:
         content = torch.load(path, map_location="cpu", mmap=_is_zip(path), weights_only=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError) as error:
         raise damaged(path, error) from error
-    found = type(content).__name__
-    if isinstance(content, Mapping):
-        wrong = [f"{name!r} is a {type(value).__name__}" for name, value in content.items() if _not_entry(name, value)]
-        if not wrong:
-            return dict(content)
-        found = f"{len(content)} entries, of which {', '.join(wrong[:3])}"
-    raise CheckpointError(
-        f"`{path}` holds no flat dict of tensors but {found}",
-        hint="save the model's `state_dict()` alone: torch.save(model.state_dict(), path)",
-    )
-
-
-def _not_entry(name: object, value: object) -> bool:
-    return not (isinstance(name, str) and isinstance(value, Tensor))
+    return flat_tensors(path, content, Tensor)
 
 
 def _is_zip(path: Path) -> bool:

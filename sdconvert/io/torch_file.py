@@ -29,7 +29,7 @@ from sdconvert.io.stored_tensor import (
     contiguous,
     contiguous_strides,
     damaged,
-    is_text,
+    flat_tensors,
 )
 from sdconvert.io.torch_pickle import PickledStorage, PickledTensor, PickleRefused, read_pickle, write_pickle
 
@@ -55,24 +55,10 @@ def read_torch_file(path: Path) -> dict[str, StoredTensor]:
             content, storages = _read_zip(path, file) if is_zip else _read_legacy(path, file)
     except (ValueError, zipfile.BadZipFile, struct.error, NotImplementedError, EOFError, KeyError) as error:
         raise damaged(path, error) from error
-    return {name: _located(path, name, tensor, storages) for name, tensor in _flat(path, content).items()}
-
-
-def _flat(path: Path, content: Any) -> dict[str, PickledTensor]:
-    found = type(content).__name__
-    if isinstance(content, dict):
-        wrong = [
-            f"{name!r:.80} is a {type(value).__name__}"
-            for name, value in content.items()
-            if not (is_text(name) and isinstance(value, PickledTensor))
-        ]
-        if not wrong:
-            return dict(content)
-        found = f"{len(content)} entries, of which {', '.join(wrong[:3])}"
-    raise CheckpointError(
-        f"`{path}` holds no flat dict of tensors but {found}",
-        hint="save the model's `state_dict()` alone: torch.save(model.state_dict(), path)",
-    )
+    return {
+        name: _located(path, name, tensor, storages)
+        for name, tensor in flat_tensors(path, content, PickledTensor).items()
+    }
 
 
 def _located(path: Path, name: str, tensor: PickledTensor, storages: dict[str, ByteRange]) -> StoredTensor:

@@ -61,6 +61,7 @@ def convert_folder(
     heads_file: Path | None = None,
     skip_unsupported: bool = False,
     rewrites: Sequence[str] = (),
+    keep_ranges: bool = False,
     verify: bool = True,
 ) -> Mha2ShaSummary:
     """Write the SHA form of a model; the source is not touched and `out` appears whole or not at all.
@@ -75,6 +76,7 @@ def convert_folder(
         skip_unsupported: Leave layers alone that cannot be split, instead of refusing the model; the summary names
             them.
         rewrites: Beside attention per head, by name: `sdconvert.models.rewrite_names.REWRITES`.
+        keep_ranges: Put the ranges of the rewritten layers into `heads.json`, for a result whose ranges will change.
         verify: Read what was written and compare every tensor and every grid with the source's.
 
     Raises:
@@ -99,7 +101,9 @@ def convert_folder(
     with atomic_folder(out) as partial:
         suffix = f".{format}" if format else None
         weights = split_weights(index, splits, partial, stem(Path(renamed(files.weights.name, "sha"))), suffix)
-        records, left_out, grids = _split_encodings(files, partial, splits, list(index.shapes), verify=verify)
+        records, left_out, grids = _split_encodings(
+            files, partial, splits, list(index.shapes), keep_ranges=keep_ranges, verify=verify
+        )
         written = read_index(weights)
         tensors = verify_weights(index, written, splits) if verify else None
         if files.config:
@@ -205,7 +209,7 @@ def _heads(
 
 
 def _split_encodings(
-    files: Source, out: Path, splits: list[RowSplit], keys: list[str], *, verify: bool
+    files: Source, out: Path, splits: list[RowSplit], keys: list[str], *, keep_ranges: bool, verify: bool
 ) -> tuple[dict[str, dict[str, Any]], dict[str, str], int]:
     """Convert every encodings file; return what the reverse needs, what was left out, and the grids compared."""
     records: dict[str, dict[str, Any]] = {}
@@ -213,7 +217,7 @@ def _split_encodings(
     grids = 0
     for path in files.encodings:
         mha = read_encodings_file(path)
-        result = split_encodings(mha, splits, keys)
+        result = split_encodings(mha, splits, keys, keep_ranges=keep_ranges)
         name = renamed(path.name, "sha")
         result.file.write(out / name)
         if verify:

@@ -41,8 +41,12 @@ def run(context: StageContext) -> dict[str, Any]:
     metrics: dict[str, Any] = {}
     for done, graph in enumerate(GRAPHS):
         context.report.step(done, len(GRAPHS), graph)
+        settings = context.recipe.mha2sha
         summary = convert_folder(
-            quantized.graph_folder(graph), context.out / graph, rewrites=context.recipe.mha2sha.rewrites
+            quantized.graph_folder(graph),
+            context.out / graph,
+            rewrites=settings.rewrites,
+            keep_ranges=settings.activation_encodings == "recalibrate",
         )
         metrics[f"{graph}_heads"] = summary.heads
         sha, figures = _verify(adapters[graph], data, quantized, Mha2ShaArtifact(context.out))

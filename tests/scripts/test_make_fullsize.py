@@ -1,6 +1,5 @@
 """The full-size model has the original's parameters, and its maker writes what diffusers reads."""
 
-import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -18,13 +17,8 @@ SMALL = {"attention_head_dim": 2, "block_out_channels": (8, 16, 16, 16), "cross_
 
 
 @pytest.fixture(scope="module")
-def maker() -> Any:
-    spec = importlib.util.spec_from_file_location("make_fullsize", SCRIPT)
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def maker(load_script: Any) -> Any:
+    return load_script("make_fullsize")
 
 
 @pytest.mark.parametrize("graph", ["unet", "controlnet"])
