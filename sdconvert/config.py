@@ -15,7 +15,7 @@ from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, mo
 from pydantic_core import ErrorDetails
 
 from sdconvert.errors import RecipeError
-from sdconvert.models.rewrite_names import RewriteName
+from sdconvert.models.rewrite_names import REWRITES, RewriteName
 
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -118,7 +118,7 @@ class Mha2ShaSection(_Section):
 
     activation_encodings: Literal["inherit", "recalibrate"] = "inherit"
     """`inherit` gives every head the ranges measured for the whole attention, `recalibrate` its own."""
-    rewrites: tuple[RewriteName, ...] = ()
+    rewrites: tuple[RewriteName, ...] = REWRITES
     """What else is rewritten for the NPU beside attention per head; none of it changes what the model computes."""
     fold_scale: bool = False
     """Multiply the scale of attention's scores into the weights of the queries: one multiplication less per head."""
@@ -129,6 +129,8 @@ class ExportSection(_Section):
 
     opset: int = Field(default=21, ge=21)
     """ONNX operator set; 16-bit Q/DQ needs 21."""
+    keys_as_rows: bool = True
+    """Leave the transposition of attention's keys to the product with the queries: one Transpose less per head."""
 
 
 class QnnSection(_Section):

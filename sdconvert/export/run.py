@@ -13,6 +13,7 @@ from sdconvert.checkpoint.artifact import CheckpointArtifact
 from sdconvert.export.aimet import to_onnx
 from sdconvert.export.artifact import ExportArtifact
 from sdconvert.export.operands import insert_operand_pairs
+from sdconvert.export.transposed_keys import take_keys_as_rows
 from sdconvert.metrics import worst_sqnr_db
 from sdconvert.mha2sha.artifact import GRAPHS as SHA_GRAPHS
 from sdconvert.mha2sha.artifact import Mha2ShaArtifact
@@ -42,6 +43,8 @@ def run(context: StageContext) -> dict[str, Any]:
         artifact.write_answers(graph, list(zip(inputs, fp32, simulated, strict=True)))
         model = to_onnx(simulation, inputs[0], opset=context.recipe.export.opset)
         insert_operand_pairs(model, simulation.operand_encodings())
+        if context.recipe.export.keys_as_rows:
+            take_keys_as_rows(model)
         external = model.ByteSize() > _INLINE_BYTES
         onnx.save(model, str(artifact.onnx(graph)), save_as_external_data=external, location=f"{graph}.onnx.data")
         nodes[graph] = Counter(node.op_type for node in model.graph.node)
