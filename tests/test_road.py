@@ -75,6 +75,12 @@ def test_no_node_is_left_on_the_cpu(road: dict[str, Any]) -> None:
     assert road["60-qnn"]["cpu_nodes"] == 0
 
 
+def test_rewrites_leave_a_quarter_of_the_moves(road: dict[str, Any]) -> None:
+    """The same UNet compiled in MHA form has 185 Transposes and 472 Reshapes (SM8650, QAIRT 2.51)."""
+    nodes = json.loads((RUN / "60-qnn" / "SM8650" / "unet.nodes.json").read_text())
+    assert nodes["Transpose"] + nodes["Reshape"] <= 0.25 * (185 + 472)
+
+
 def test_the_bundle_verifies_and_a_flipped_byte_does_not(road: dict[str, Any], tmp_path: Path) -> None:
     artifact = AndroidArtifact(RUN / "70-android")
     manifest = verify_bundle(artifact.tar)
