@@ -60,7 +60,8 @@ def test_group_norm_is_accepted_and_exact(compiled: Compiled) -> None:
 
 def test_the_reloaded_binary_is_bit_equal_to_the_compiling_session(tmp_path: Path) -> None:
     x = draw((1, 4, 16, 16))
-    session = compiling_session(conv_silu_conv(tmp_path / "conv.onnx"), tmp_path / "conv.ctx.onnx", 57, 3)
+    onnx = conv_silu_conv(tmp_path / "conv.onnx")
+    session = compiling_session(onnx, tmp_path / "conv.ctx.onnx", 57, 3, tmp_path)
     reloaded = Simulator(tmp_path / "conv.ctx.onnx")
     assert torch.equal(torch.from_numpy(session.run(None, {"x": x.numpy()})[0]), reloaded({"x": x})["y"])
 
