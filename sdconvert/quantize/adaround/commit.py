@@ -1,0 +1,112 @@
+"""Finished groups on disk, one file each: integer codes, scales and figures. What is there need not be solved again."""
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from sdconvert.io.encodings import Encoding
+from sdconvert.io.tensors import load_tensors, read_metadata, save_tensors
+from sdconvert.quantize.adaround.code_grid import CodeGrid
+from sdconvert.quantize.adaround.layers import RoundedLayer
+from sdconvert.quantize.adaround.solve import LayerFigures, LayerResult
+
+_CODES, _SCALE, _LOWEST = "codes", "scale", "lowest"
+
+
+@dataclass(frozen=True)
+class CommittedGroup:
+    """A file of one group, and what it says."""
+
+    path: Path
+    layers: dict[str, RoundedLayer]
+    grids: dict[str, CodeGrid]
+    figures: dict[str, LayerFigures]
+
+    def codes(self, name: str) -> Tensor:
+        """Integer codes of a weight, in its shape: w = scale * code."""
+        return load_tensors(self.path)[f"{name}/{_CODES}"].reshape(self.layers[name].weight_shape)
+
+    def weight(self, name: str) -> Tensor:
+        """A weight as rounded, in its shape."""
+        layer = self.layers[name]
+        return self.grids[name].dequantize(self.codes(name).flatten(1)).reshape(layer.weight_shape)
+
+
+class Commits:
+    """The groups that are done, in a folder of their own.
+
+    Args:
+        folder: Made if missing.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def sweep(self, fingerprints: Sequence[str]) -> None:
+        """Remove what does not belong to these groups: those of another request, and half-written files."""
+        kept = {self._path(fingerprint) for fingerprint in fingerprints}
+        for path in self._folder.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path not in kept:
+                path.unlink()
+
+    def find(
+        self, fingerprint: str, layers: Sequence[RoundedLayer], grids: Mapping[str, CodeGrid]
+    ) -> CommittedGroup | None:
+        """A finished group; None if there is no such.
+
+        Args:
+            fingerprint: Of all that decides its codes.
+            layers: Of the group.
+            grids: Of their weights, which may be refitted.
+        """
+        path = self._path(fingerprint)
+        if not path.is_file():
+            return None
+        figures = json.loads(read_metadata(path)["figures"])
+        tensors = load_tensors(path)
+        return CommittedGroup(
+            path,
+            {layer.name: layer for layer in layers},
+            {layer.name: grids[layer.name].with_scale(tensors[f"{layer.name}/{_SCALE}"].clone()) for layer in layers},
+            {name: LayerFigures(**values) for name, values in figures.items()},
+        )
+
+    def commit(
+        self, fingerprint: str, layers: Sequence[RoundedLayer], results: Mapping[str, LayerResult]
+    ) -> CommittedGroup:
+        """Write a group, whole or not at all.
+
+        Raises:
+            EnvironmentProblem: The disk is full.
+        """
+        tensors = {}
+        for name, result in results.items():
+            small = int(result.codes.min()) >= -128 and int(result.codes.max()) <= 127
+            tensors[f"{name}/{_CODES}"] = result.codes.to(torch.int8) if small else result.codes
+            tensors[f"{name}/{_SCALE}"] = result.grid.scale
+            tensors[f"{name}/{_LOWEST}"] = result.grid.lowest
+        figures = {name: asdict(result.figures) for name, result in results.items()}
+        save_tensors(tensors, self._path(fingerprint), {"figures": json.dumps(figures), "fingerprint": fingerprint})
+        found = self.find(fingerprint, layers, {name: result.grid for name, result in results.items()})
+        assert found is not None  # for the type checker
+        return found
+
+    def _path(self, fingerprint: str) -> Path:
+        return self._folder / f"{fingerprint[:32]}.safetensors"
+
+
+def parameter_encodings(groups: Sequence[CommittedGroup]) -> dict[str, list[Encoding]]:
+    """Encodings of all rounded weights, in AIMET's form 0.6.1.
+
+    Raises:
+        EncodingsError: A grid has blocks, for which that form has no place.
+    """
+    return {name: grid.encodings() for group in groups for name, grid in group.grids.items()}

@@ -1,0 +1,264 @@
+"""What AdaRound of a graph will take, from shapes alone: which moments are kept where, and the peak of memory.
+
+One budget covers all that grows with the model's shapes: the tensors of one sample while it runs, the store's share
+in memory, the moments and what a solver needs. Not in it: the runtime, the model's own weights, the calibration data
+that the caller holds.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from sdconvert.errors import BudgetError, PreconditionError
+from sdconvert.quantize.adaround.layers import RoundedLayer
+from sdconvert.quantize.adaround.solve import Workspace
+from sdconvert.quantize.adaround.steps import SCORES_BYTES, RoundedGroup, SegmentedGraph, size
+from sdconvert.quantize.adaround.tiles import WIDTH
+
+Mode = Literal["gram", "rows", "panel"]
+MIB = 1 << 20
+_FLOAT = 4
+_ROW_ARRAYS = 12  # matrices (channels, columns) that a solver has at once
+_BLOCK_ARRAYS = 5  # matrices (block, block)
+_MOST_CHUNK, _LEAST_CHUNK = 1024, 16
+_LEAST_CHANNELS = 8
+
+
+@dataclass(frozen=True)
+class MomentsPlan:
+    """How the moments of one group's samples are kept.
+
+    Attributes:
+        mode: `gram` in memory; `panel` the same on disk; `rows` the inputs on disk.
+        rows: Of the data.
+        memory_bytes: Held in memory until the group is solved.
+        disk_bytes: Held on disk.
+    """
+
+    mode: Mode
+    rows: int
+    memory_bytes: int
+    disk_bytes: int
+
+
+@dataclass(frozen=True)
+class GroupPlan:
+    """How one group is solved.
+
+    Attributes:
+        layers: They share an input.
+        input: The value's name in the graph.
+        moments: Of the samples that codes are fitted to.
+        held_out: Of those that judge; None without any.
+        chunk: Rows that are looked at together.
+        pass_columns: Columns that one pass over the data makes, on disk.
+        workspace: Of the solver.
+        peak_bytes: In memory at most, while the group is measured and solved.
+    """
+
+    layers: tuple[RoundedLayer, ...]
+    input: str
+    moments: MomentsPlan
+    held_out: MomentsPlan | None
+    chunk: int
+    pass_columns: int
+    workspace: Workspace
+    peak_bytes: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What will be done, and what it takes in bytes.
+
+    Attributes:
+        groups: In execution order.
+        samples: Calibration samples.
+        held_out: How many of them only judge.
+        sample_bytes: The tensors of one sample, at the widest place of the graph.
+        store_bytes: What the store may hold in memory.
+        peak_bytes: In memory, beside runtime and weights.
+        disk_bytes: In the scratch folder, at most.
+    """
+
+    groups: tuple[GroupPlan, ...]
+    samples: int
+    held_out: int
+    sample_bytes: int
+    store_bytes: int
+    peak_bytes: int
+    disk_bytes: int
+
+    def describe(self) -> str:
+        """A few lines for a user."""
+        modes: dict[str, int] = {}
+        for group in self.groups:
+            modes[group.moments.mode] = modes.get(group.moments.mode, 0) + len(group.layers)
+        layers = ", ".join(f"{count} {mode}" for mode, count in modes.items())
+        widest = max(self.groups, key=lambda group: group.peak_bytes)
+        return (
+            f"AdaRound of {sum(modes.values())} layers in {len(self.groups)} groups ({layers}), "
+            f"{self.samples} samples, {self.held_out} of them held out\n"
+            f"memory {self.peak_bytes / MIB:.1f} MiB at most (one sample {self.sample_bytes / MIB:.0f}, moments of "
+            f"`{widest.layers[0].name}` {widest.peak_bytes / MIB:.0f}, store {self.store_bytes / MIB:.0f}), "
+            f"disk {self.disk_bytes / MIB:.1f} MiB"
+        )
+
+
+def make_plan(
+    segmented: SegmentedGraph, *, samples: int, held_out: int, budget_bytes: int, item_bytes: int = 2
+) -> Plan:
+    """Plan AdaRound of a graph.
+
+    Args:
+        segmented: The graph.
+        samples: Calibration samples.
+        held_out: How many of them only judge.
+        budget_bytes: Memory for everything beside runtime and weights.
+        item_bytes: Of a float in the store.
+
+    Raises:
+        PreconditionError: There are no samples to fit codes to.
+        BudgetError: A layer, or one sample, does not fit.
+    """
+    if samples - held_out < 1:
+        raise PreconditionError(
+            f"{samples} calibration samples, {held_out} of them held out", hint="AdaRound fits codes to one or more"
+        )
+    sample_bytes = _sample_bytes(segmented)
+    frontier = samples * _frontier_items(segmented) * item_bytes
+    # Disk serves the store well, as it is read in order; moments are faster in memory.
+    store_bytes = min(frontier, budget_bytes // 4, budget_bytes - sample_bytes)
+    if store_bytes < 0:
+        raise BudgetError(
+            f"one sample takes {sample_bytes / MIB:.1f} MiB where the graph is widest, "
+            f"the budget is {budget_bytes / MIB:.1f} MiB",
+            hint=f"give at least {sample_bytes / MIB:.1f} MiB, or calibrate on smaller tiles",
+        )
+    counts = samples - held_out, held_out
+    groups = [_plan_group(group, counts, budget_bytes - store_bytes, budget_bytes) for group in segmented.groups]
+    tiles = max((g.moments.disk_bytes + (g.held_out.disk_bytes if g.held_out else 0) for g in groups), default=0)
+    peak = store_bytes + max([sample_bytes, *(group.peak_bytes for group in groups)])
+    return Plan(
+        tuple(groups), samples, held_out, sample_bytes, store_bytes, peak, max(0, frontier - store_bytes) + tiles
+    )
+
+
+def _sample_bytes(segmented: SegmentedGraph) -> int:
+    """The most that the values of one path take while a segment runs, and what an op holds beside them."""
+    most = 0
+    for index, segment in enumerate(segmented.segments):
+        live = {node: size(node) for node in segmented.reads[index]}
+        for position, step in enumerate(segment):
+            attends = len(step.nodes) > 1
+            scores = 2 * min(SCORES_BYTES, size(step.nodes[0])) if attends else 0
+            scratch = max([scores, *(size(node) for node in step.inputs)])
+            live[step.output] = size(step.output)
+            most = max(most, sum(live.values()) + scratch)
+            for node in segmented.last_reads[index].get(position, ()):
+                del live[node]
+    return most
+
+
+def _frontier_items(segmented: SegmentedGraph) -> int:
+    """The most numbers that wait for later segments, of one sample on both paths."""
+    left = dict(segmented.uses)
+    waiting = {node: size(node) // _FLOAT for node in segmented.inputs if node in left}
+    most = sum(waiting.values())
+    for index, segment in enumerate(segmented.segments):
+        # The old frontier goes sample by sample while the new one comes.
+        for step in segment:
+            if step.output in left:
+                waiting[step.output] = size(step.output) // _FLOAT
+        for node in segmented.reads[index]:
+            left[node] -= 1
+            if not left[node]:
+                waiting.pop(node, None)
+        most = max(most, sum(waiting.values()))
+    return 2 * most
+
+
+def _plan_group(group: RoundedGroup, samples: tuple[int, int], available: int, budget: int) -> GroupPlan:
+    """The fastest form that fits: moments in memory, else those of the held-out samples on disk, else all."""
+    shape = _Shape.of(group)
+    wanted = [_moments(shape, count, memory) for memory in (True, False) for count in samples if count]
+    half = len(wanted) // 2
+    forms = [wanted[:half], [*wanted[:half][:1], *wanted[half:][1:]], wanted[half:]]
+    least = 0
+    for form in forms:
+        plan = _fit(group, shape, form, available)
+        if isinstance(plan, GroupPlan):
+            return plan
+        least = plan
+    needed = least + budget - available
+    raise BudgetError(
+        f"`{group.layers[0].name}` with {shape.columns} inputs per output needs {needed / MIB:.1f} MiB, "
+        f"the budget is {budget / MIB:.1f} MiB",
+        hint=f"give at least {needed / MIB:.1f} MiB, or round this layer to nearest",
+    )
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """Of a group's moments: inputs per output, output channels together and of the largest layer, rows per sample."""
+
+    columns: int
+    channels: int
+    largest: int
+    rows: int
+
+    @classmethod
+    def of(cls, group: RoundedGroup) -> "_Shape":
+        counts = [layer.out_channels // layer.groups for layer in group.layers]
+        return cls(group.layers[0].columns, sum(counts), max(counts), rows_per_sample(group))
+
+
+def _fit(group: RoundedGroup, shape: _Shape, form: list[MomentsPlan], available: int) -> GroupPlan | int:
+    """Share out what moments in a form leave; the least that they need, where that is not there."""
+    columns, on_disk = shape.columns, any(one.mode != "gram" for one in form)
+    longest = max([columns, *(one.rows for one in form if one.mode == "rows")])
+    row_bytes = _FLOAT * (3 * columns + 2 * shape.channels)
+    column_bytes = _FLOAT * (longest + shape.channels) if on_disk else 0
+    channel_bytes, block_bytes = _FLOAT * _ROW_ARRAYS * longest, _FLOAT * _BLOCK_ARRAYS
+    # Tiles that are held while others are made or read.
+    held = sum(one.memory_bytes for one in form) + 2 * WIDTH * column_bytes
+    channels, block = min(shape.largest, _LEAST_CHANNELS), min(WIDTH, columns)
+    least = max(_LEAST_CHUNK * row_bytes + WIDTH * column_bytes, channels * channel_bytes + block**2 * block_bytes)
+    room = available - held
+    if room < least:
+        return held + least
+    chunk = max(_LEAST_CHUNK, min(_MOST_CHUNK, room // 2 // row_bytes))
+    pass_columns = columns
+    if on_disk:
+        pass_columns = max(WIDTH, (room - chunk * row_bytes) // column_bytes // WIDTH * WIDTH)
+    if block_bytes * columns**2 <= room // 2:
+        block = columns
+    elif room // 2 > block_bytes * block**2:
+        block = int((room / 2 / block_bytes) ** 0.5) // WIDTH * WIDTH
+    channels = max(channels, min(shape.largest, (room - block_bytes * block**2) // channel_bytes))
+    solving = block_bytes * block**2 + channel_bytes * channels
+    measuring = chunk * row_bytes + min(pass_columns, longest) * column_bytes
+    return GroupPlan(
+        group.layers,
+        group.input.name,
+        form[0],
+        form[1] if len(form) > 1 else None,
+        chunk,
+        pass_columns,
+        Workspace(channels, block),
+        held + max(solving, measuring),
+    )
+
+
+def _moments(shape: _Shape, samples: int, memory: bool) -> MomentsPlan:
+    columns, channels, rows = shape.columns, shape.channels, shape.rows * samples
+    if memory:
+        cross = channels * columns if channels <= columns else 2 * columns**2
+        return MomentsPlan("gram", rows, _FLOAT * (columns**2 + cross), 0)
+    if rows < columns:
+        return MomentsPlan("rows", rows, 0, rows * (2 * columns + _FLOAT * channels))
+    return MomentsPlan("panel", rows, 0, _FLOAT * columns * (columns + channels))
+
+
+def rows_per_sample(group: RoundedGroup) -> int:
+    """Rows that one sample gives: positions of the output."""
+    shape = group.nodes[0].meta["val"].shape
+    return int(shape.numel()) // int(shape[1] if group.layers[0].convolution else shape[-1])

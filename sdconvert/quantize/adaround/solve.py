@@ -1,0 +1,270 @@
+"""The rounding of one layer, with damping chosen on held-out data; there, never worse than nearest."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from sdconvert.errors import UsageError
+from sdconvert.quantize.adaround.code_grid import CodeGrid
+from sdconvert.quantize.adaround.coordinate import Rounding
+from sdconvert.quantize.adaround.moments import Channels, Moments
+from sdconvert.quantize.adaround.soft import Schedule, train_rounding
+
+Method = Literal["adaround", "coordinate"]
+
+
+@dataclass(frozen=True)
+class SolverSettings:
+    """How layers are rounded.
+
+    Attributes:
+        method: `coordinate` is GPTQ held to each weight's two neighbours, then coordinate descent; `adaround` is Adam
+            on soft rounding, then coordinate descent.
+        damping: Candidates; held-out data choose, by the codes that `coordinate` gives a part of the layer.
+        sweeps: The most sweeps of coordinate descent.
+        refit_scale: Fit each channel's scale to its codes; the grid is then no longer AIMET's.
+        trial_channels: Output channels of that part.
+        schedule: Of `adaround`.
+    """
+
+    method: Method = "coordinate"
+    damping: tuple[float, ...] = (0.03, 0.1, 0.3)
+    sweeps: int = 10
+    refit_scale: bool = False
+    trial_channels: int = 128
+    schedule: Schedule = field(default_factory=Schedule)
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """How much of a layer is worked on at once; see `plan.py`.
+
+    Attributes:
+        channels: Output channels.
+        block: Columns of one GPTQ block.
+    """
+
+    channels: int = 1 << 30
+    block: int = 1 << 30
+
+
+@dataclass(frozen=True)
+class LayerFigures:
+    """What became of one layer: mean squared errors of its output, summed over channels.
+
+    Attributes:
+        damping: That was chosen; of a convolution's groups, the largest.
+        fell_back: Nearest was better on held-out data, and was taken; for one of the groups at least.
+        changed: Part of the codes that are not the nearest.
+        held_out_rows: Rows that losses and SQNR are of; 0: of the calibration data themselves.
+        nearest_loss: Rounded to nearest.
+        loss: As rounded.
+        signal: Mean square of the output on the floating-point path, without bias.
+    """
+
+    damping: float
+    fell_back: bool
+    changed: float
+    held_out_rows: int
+    nearest_loss: float
+    loss: float
+    signal: float
+
+    @property
+    def nearest_sqnr_db(self) -> float:
+        """Of the layer's output, without bias, rounded to nearest, against the floating-point path."""
+        return _decibels(self.signal, self.nearest_loss)
+
+    @property
+    def sqnr_db(self) -> float:
+        """The same as rounded."""
+        return _decibels(self.signal, self.loss)
+
+
+@dataclass(frozen=True)
+class LayerResult:
+    """Codes (out_channels, columns) as int16, their grid, and figures."""
+
+    codes: Tensor
+    grid: CodeGrid
+    figures: LayerFigures
+
+
+@torch.no_grad()
+def solve(
+    moments: Moments,
+    held_out: Moments | None,
+    channels: Channels,
+    grid: CodeGrid,
+    settings: SolverSettings,
+    workspace: Workspace | None = None,
+) -> LayerResult:
+    """Round one layer.
+
+    Args:
+        moments: Of its calibration data.
+        held_out: Of data that the codes are not fitted to; without, the largest damping is taken.
+        channels: All of the layer's output channels.
+        grid: Of the weight.
+        settings: Of the solver.
+        workspace: What fits into memory; all, if not given.
+
+    Returns:
+        Codes that are on held-out data no worse than the nearest ones.
+
+    Raises:
+        UsageError: Scales are to be refitted by channel, and the grid has one for all.
+    """
+    if settings.refit_scale and grid.per_tensor:
+        raise UsageError("a scale per tensor is not refitted", hint="quantize per channel, or keep the scales")
+    task = _Task(moments, held_out or moments, settings, workspace or Workspace())
+    damping = task.choose_damping(channels, grid) if held_out else max(settings.damping)
+    codes = torch.empty(channels.weight.shape, dtype=torch.int16)
+    nearest = torch.empty_like(codes)
+    scales, sums = [], torch.zeros(3, dtype=torch.float64)
+    for part in task.parts(channels):
+        own = grid.rows(part)
+        chosen = _part(channels, part)
+        codes_part, own = task.round(chosen, own, damping)
+        nearest[part] = grid.rows(part).nearest(chosen.weight).to(torch.int16)
+        codes[part] = codes_part.to(torch.int16)
+        scales.append(own.scale)
+        sums += task.sums(chosen, grid.rows(part), nearest[part], own, codes[part])
+    nearest_loss, loss, signal = sums.tolist()
+    fell_back = not loss <= nearest_loss
+    if fell_back:
+        codes, loss = nearest, nearest_loss
+    else:
+        grid = grid.with_scale(torch.cat(scales))
+    figures = LayerFigures(
+        damping,
+        fell_back,
+        float((codes != nearest).float().mean()),
+        held_out.count if held_out else 0,
+        nearest_loss,
+        loss,
+        signal,
+    )
+    return LayerResult(codes, grid, figures)
+
+
+def join(parts: Sequence[LayerResult]) -> LayerResult:
+    """The result of a whole layer from those of a convolution's groups."""
+    if len(parts) == 1:
+        return parts[0]
+    figures = [part.figures for part in parts]
+    first = parts[0].grid
+    grid = replace(
+        first,
+        scale=torch.cat([part.grid.scale for part in parts]),
+        lowest=torch.cat([part.grid.lowest for part in parts]),
+    )
+    return LayerResult(
+        torch.cat([part.codes for part in parts]),
+        grid,
+        LayerFigures(
+            max(one.damping for one in figures),
+            any(one.fell_back for one in figures),
+            sum(one.changed for one in figures) / len(figures),
+            figures[0].held_out_rows,
+            sum(one.nearest_loss for one in figures),
+            sum(one.loss for one in figures),
+            sum(one.signal for one in figures),
+        ),
+    )
+
+
+@dataclass(frozen=True)
+class _Task:
+    """One layer's data and settings."""
+
+    moments: Moments
+    judge: Moments
+    settings: SolverSettings
+    workspace: Workspace
+
+    def parts(self, channels: Channels) -> list[slice]:
+        """Cut the output channels into parts that fit."""
+        count, step = len(channels.weight), self.workspace.channels
+        return [slice(first, min(first + step, count)) for first in range(0, count, step)]
+
+    def choose_damping(self, channels: Channels, grid: CodeGrid) -> float:
+        """The candidate with the least held-out loss on a run of channels from the layer's middle."""
+        if len(self.settings.damping) == 1:
+            return self.settings.damping[0]
+        count = min(self.settings.trial_channels, self.workspace.channels, len(channels.weight))
+        first = (len(channels.weight) - count) // 2
+        part = slice(first, first + count)
+        trial = _part(channels, part)
+        # The data ask for a damping, whatever the method; descent from GPTQ's codes is the quick one.
+        quick = replace(self, settings=replace(self.settings, method="coordinate", refit_scale=False, sweeps=1))
+        losses = {}
+        for damping in self.settings.damping:
+            codes, own = quick.round(trial, grid.rows(part), damping)
+            losses[damping] = float(self.loss(trial, own, codes).double().sum())
+        return min(losses, key=losses.__getitem__)
+
+    def round(self, channels: Channels, grid: CodeGrid, damping: float) -> tuple[Tensor, CodeGrid]:
+        """Codes of some channels, and their grid, which is another one if scales are refitted."""
+        settings = self.settings
+        rounding = self._rounding(channels, grid, damping)
+        if settings.method == "adaround":
+            codes = train_rounding(self.moments, channels, grid, settings.schedule, damping)
+        else:
+            codes = rounding.sequential(min(self.workspace.block, channels.weight.shape[1]))
+        codes = rounding.descend(codes, settings.sweeps)
+        if not settings.refit_scale:
+            return codes, grid
+        refitted = self._refit(channels, grid, codes, damping)
+        low, high = refitted.bounds(channels.weight)
+        codes = torch.maximum(torch.minimum(codes, high), low)
+        return self._rounding(channels, refitted, damping).descend(codes, settings.sweeps), refitted
+
+    def _rounding(self, channels: Channels, grid: CodeGrid, damping: float) -> Rounding:
+        scale = grid.column_scale(channels.weight.shape[1])
+        return Rounding(self.moments, channels, scale, grid.bounds(channels.weight), damping)
+
+    def _refit(self, channels: Channels, grid: CodeGrid, codes: Tensor, damping: float) -> CodeGrid:
+        """The factor on each row's scales that its codes would have: the least of a parabola in the factor.
+
+        With V = scale * codes and D = f V - W the loss is smallest at f = V (W G + R) V / (V G V).
+        """
+        value = grid.dequantize(codes)
+        ridge = damping * float(self.moments.diagonal.mean())
+        # Gradients at W' = V and at W' = 0 differ by V G.
+        at_value = self.moments.full_gradient(channels, value - channels.weight)
+        at_zero = self.moments.full_gradient(channels, -channels.weight)
+        at_value.add_(value - channels.weight, alpha=ridge)
+        at_zero.sub_(channels.weight, alpha=ridge)
+        curvature = ((at_value - at_zero) * value).sum(1, keepdim=True)
+        slope = -(at_zero * value).sum(1, keepdim=True)
+        factor = torch.where(curvature > 0, slope / curvature, 1.0).clamp(0.5, 2.0)
+        return replace(grid, scale=grid.scale * factor)
+
+    def loss(self, channels: Channels, grid: CodeGrid, codes: Tensor) -> Tensor:
+        """Of codes, by channel, on the data that judge."""
+        return self.judge.loss(channels, grid.dequantize(codes) - channels.weight)
+
+    def sums(self, channels: Channels, grid: CodeGrid, nearest: Tensor, own: CodeGrid, codes: Tensor) -> Tensor:
+        """Loss of the nearest codes, loss of the codes, and signal: (3,), float64."""
+        by_channel = (
+            self.loss(channels, grid, nearest),
+            self.loss(channels, own, codes),
+            self.judge.signal(channels),
+        )
+        return torch.stack([values.double().sum() for values in by_channel])
+
+
+def _part(channels: Channels, part: slice) -> Channels:
+    first = channels.rows.start
+    return Channels(slice(first + part.start, first + part.stop), channels.weight[part])
+
+
+def _decibels(signal: float, noise: float) -> float:
+    if noise <= 0 or signal <= 0:
+        return math.inf if noise <= 0 else -math.inf
+    return 10 * math.log10(signal / noise)
