@@ -71,7 +71,8 @@ def write_safetensors(path: Path, pieces: Sequence[Piece], metadata: Mapping[str
     """
     header, stored = safetensors_header(pieces, metadata)
     size = len(header) + sum(piece.nbytes for piece in stored)
-    with path.open("wb", buffering=0) as file, StoredBytes() as reader:
+    # Opened without truncation: ext4 writes a truncated file to the disk when it is closed, 0.6 s of 1.6 for 1.4 GB.
+    with path.open("r+b", buffering=0) as file, StoredBytes() as reader:
         file.write(header)
         reader.copy((source for piece in stored for source in piece.sources), file.fileno())
         written = os.fstat(file.fileno()).st_size
