@@ -7,9 +7,7 @@ from typing import Any
 
 from sdconvert.artifacts import atomic_folder
 from sdconvert.errors import CheckpointError, UsageError
-from sdconvert.io.encodings import read_encodings_file
 from sdconvert.io.weights_index import WeightsLayout, read_index
-from sdconvert.mha2sha.encodings import merge_encodings, split_encodings, verify_parameter_encodings
 from sdconvert.mha2sha.head_counts import heads_from_config, read_heads_file
 from sdconvert.mha2sha.heads import attention_paths, head_splits, plan_splits
 from sdconvert.mha2sha.name_map import NAME, NameMap
@@ -212,6 +210,12 @@ def _split_encodings(
     files: Source, out: Path, splits: list[RowSplit], keys: list[str], *, keep_ranges: bool, verify: bool
 ) -> tuple[dict[str, dict[str, Any]], dict[str, str], int]:
     """Convert every encodings file; return what the reverse needs, what was left out, and the grids compared."""
+    if not files.encodings:
+        return {}, {}, 0
+    # numpy and onnx, which these need, take a third of a second: weights alone are converted without.
+    from sdconvert.io.encodings import read_encodings_file
+    from sdconvert.mha2sha.encodings import split_encodings, verify_parameter_encodings
+
     records: dict[str, dict[str, Any]] = {}
     left_out: dict[str, str] = {}
     grids = 0
@@ -233,6 +237,9 @@ def _merge_encodings(files: Source, out: Path, name_map: NameMap, *, verify: boo
     Raises:
         CheckpointError: An encodings file has come or gone since the folder was written.
     """
+    from sdconvert.io.encodings import read_encodings_file
+    from sdconvert.mha2sha.encodings import merge_encodings, verify_parameter_encodings
+
     found = {path.name: path for path in files.encodings}
     if odd := sorted(found.keys() ^ name_map.encodings.keys()):
         raise CheckpointError(
