@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
 import yaml
-from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_core import ErrorDetails
 
 from sdconvert.errors import RecipeError
@@ -100,6 +100,26 @@ class CalibrationSection(_Section):
         return self
 
 
+class AdaRoundSection(_Section):
+    """How AdaRound rounds weights."""
+
+    solver: Literal["coordinate", "adaround"] = "coordinate"
+    """`coordinate`: GPTQ between each weight's two neighbours, then coordinate descent; `adaround`: Adam on soft
+    rounding as AIMET does it, then coordinate descent."""
+    inputs: Literal["sequential", "fp"] = "sequential"
+    """`sequential`: a layer makes up for what the layers before it have lost; `fp`: every layer by itself."""
+    quantized_activations: bool = False
+    """Layers see quantized activations too; AIMET's AdaRound leaves them in floating point."""
+    refit_scale: bool = False
+    """Fit each output channel's scale to its codes."""
+    samples: int | None = Field(default=None, ge=1)
+    """Calibration samples to use, spread evenly over timesteps and pictures; all of them if not given."""
+    held_out: float = Field(default=0.1, ge=0, lt=1)
+    """Share of the samples that choose the damping and have the last word against rounding to nearest."""
+    memory_limit: ByteSize = ByteSize(1 << 30)
+    """Memory beside the program and the weights, as `1GiB` or in bytes; the rest goes to disk."""
+
+
 class QuantizeSection(_Section):
     """Bit widths and rounding of the quantized model."""
 
@@ -109,8 +129,14 @@ class QuantizeSection(_Section):
     """Bits per activation."""
     per_channel: bool = True
     """One weight scale per output channel instead of one per tensor."""
-    adaround: bool = False
-    """Learn the rounding of the weights (Nagel et al., "Up or Down?", 2020) instead of rounding to nearest."""
+    adaround: AdaRoundSection | None = None
+    """Choose the rounding of the weights by what it does to each layer's output (Nagel et al., "Up or Down?", 2020)
+    instead of rounding to nearest; `true` stands for all defaults."""
+
+    @field_validator("adaround", mode="before")
+    @classmethod
+    def _switch(cls, value: Any) -> Any:
+        return {True: {}, False: None}.get(value, value) if isinstance(value, bool) else value
 
 
 class Mha2ShaSection(_Section):

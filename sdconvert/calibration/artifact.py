@@ -15,9 +15,14 @@ class CalibrationArtifact:
 
     folder: Path
 
-    def calibration(self, graph: str) -> ActivationStore:
-        """Inputs of a graph from the calibration photographs."""
-        return ActivationStore(self.folder / "calibration" / graph)
+    def calibration(self, graph: str, count: int | None = None) -> ActivationStore:
+        """Inputs of a graph from the calibration photographs: all, or `count` spread over timesteps and pictures.
+
+        Raises:
+            UsageError: There are not as many.
+        """
+        store = ActivationStore(self.folder / "calibration" / graph)
+        return store if count is None else store.spread(count)
 
     def evaluation(self, graph: str) -> ActivationStore:
         """Inputs of a graph from the held-out photographs, one latent tile each."""

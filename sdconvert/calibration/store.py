@@ -1,5 +1,6 @@
 """Graph inputs on disk: sharded safetensors, an index that says what each sample is, and the hash of every shard."""
 
+import copy
 import os
 import shlex
 import shutil
@@ -164,6 +165,24 @@ class ActivationStore:
                 shard, tensors = info.shard, self._load(info.shard)
             yield info, {name: tensors[f"{info.id}/{name}"] for name in info.inputs}
 
+    def spread(self, count: int) -> "ActivationStore":
+        """Part of the samples: as many of each timestep, other pictures at each.
+
+        Activations of a diffusion model change with the timestep; the first so many samples would show all timesteps
+        of few pictures.
+
+        Raises:
+            UsageError: There are not as many.
+        """
+        if count > len(self):
+            raise UsageError(
+                f"{count} samples are asked for, `{self._folder}` holds {len(self)}",
+                hint="ask for fewer, or raise calibration.crops_per_photograph",
+            )
+        part = copy.copy(self)
+        part.infos = [self.infos[index] for index in _spread([info.step for info in self.infos], count)]
+        return part
+
     def sample(self, picture: str, step: int, side: str, tile: int = 0) -> Tensors:
         """The inputs of one call.
 
@@ -192,6 +211,21 @@ class ActivationStore:
 
     def _damaged(self, path: Path, what: str) -> PreconditionError:
         return PreconditionError(f"calibration shard `{path}` {what}", hint=f"redo it: `{_command(self._folder)}`")
+
+
+def _spread(steps: list[int], count: int) -> list[int]:
+    """Choose `count` indices, evenly from the indices of each step; where they begin differs from step to step."""
+    by_step: dict[int, list[int]] = {}
+    for index, step in enumerate(steps):
+        by_step.setdefault(step, []).append(index)
+    chosen: list[int] = []
+    for rank, indices in enumerate(by_step.values()):
+        # Quotas differ by one at most, and add up to the count if each step has enough.
+        quota = (rank + 1) * count // len(by_step) - rank * count // len(by_step)
+        quota = min(quota, len(indices))
+        chosen += [indices[int((i + rank / len(by_step)) * len(indices) / quota)] for i in range(quota)]
+    rest = [index for index in range(len(steps)) if index not in set(chosen)]
+    return sorted(chosen + rest[: count - len(chosen)])
 
 
 def _infos(entries: list[dict[str, Any]]) -> list[SampleInfo]:

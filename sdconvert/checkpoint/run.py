@@ -58,7 +58,11 @@ def _require_support(pipe: PASDPipeline, recipe: Recipe) -> None:
     require_capabilities(
         {name: (type(adapter.model).__name__, adapter.capabilities) for name, adapter in adapters.items()},
         {
-            name: {"quantize": True, "adaround": recipe.quantize.adaround, "mha2sha": name in SPLIT_PER_HEAD}
+            name: {
+                "quantize": True,
+                "adaround": recipe.quantize.adaround is not None,
+                "mha2sha": name in SPLIT_PER_HEAD,
+            }
             for name in adapters
         },
     )

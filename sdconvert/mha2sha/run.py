@@ -37,6 +37,8 @@ def run(context: StageContext) -> dict[str, Any]:
     adapters = graph_adapters(pipe, context.recipe.pipeline.conditioning_scale)
     inputs = _chosen(data, "controlnet")
     run_both = partial(run_pair, adapters["unet"], adapters["controlnet"], context.recipe.pipeline.conditioning_scale)
+    for graph in GRAPHS:
+        quantized.load_weights(graph, adapters[graph])  # both forms compute with the weights that were rounded
     references = [run_both(one) for one in inputs]
     metrics: dict[str, Any] = {}
     for done, graph in enumerate(GRAPHS):

@@ -30,6 +30,7 @@ class QuantizerSet:
         self.activations: dict[str, QuantizeDequantize] = {}
         self.parameters: dict[str, QuantizeDequantize] = {}
         self.sources: dict[str, str] = {}
+        self.ops: dict[str, str] = {}
         self.fixed_ranges: dict[str, tuple[float, float]] = {}
         self.masked_scores: dict[str, str] = {}
 
@@ -61,6 +62,7 @@ def insert_quantizers(graph_module: GraphModule, settings: QuantizerSettings) ->
         quantizer = _insert(graph_module, parameter.node, settings.parameters[parameter.op])
         quantizers.parameters[parameter.name] = quantizer
         quantizers.sources[parameter.name] = str(parameter.node.target)
+        quantizers.ops[parameter.name] = parameter.op
     for operand in seconds:
         # The operand's source has its own quantizer by now: this one comes after it, on this edge alone.
         source = operand.matmul.args[1]
@@ -160,6 +162,12 @@ def without_quantizers(graph_module: GraphModule, quantizers: Mapping[str, Quant
     for name in child_names(graph_module, quantizers).values():
         setattr(floating, name, nn.Identity())
     return floating
+
+
+def set_parameter(graph_module: GraphModule, source: str, parameter: nn.Parameter) -> None:
+    """Give a graph another parameter; those that share the old one keep it."""
+    path, _, name = source.rpartition(".")
+    setattr(graph_module.get_submodule(path), name, parameter)
 
 
 def read(quantizers: dict[str, QuantizeDequantize]) -> dict[str, list[Encoding]]:

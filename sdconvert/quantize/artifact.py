@@ -16,6 +16,8 @@ from sdconvert.quantize.simulation import Simulation
 
 __all__ = ["QuantizeArtifact", "QuantizerSettings", "Simulation", "load_simulation", "save_simulation"]
 
+ADAROUND = "adaround.json"
+
 
 @dataclass(frozen=True)
 class QuantizeArtifact:
@@ -31,10 +33,20 @@ class QuantizeArtifact:
         """Bit-widths and symmetry that the ranges were taken with."""
         return QuantizerSettings.model_validate_json((self.folder / "settings.json").read_text(encoding="utf-8"))
 
+    def load_weights(self, graph: str, adapter: ModelAdapter) -> None:
+        """Put the stage's weights, which AdaRound may have rounded, into a model."""
+        adapter.model.load_state_dict(load_tensors(self.graph_folder(graph) / "state_dict_mha.safetensors"))
+
     def layer_sqnr_db(self, graph: str) -> dict[str, float]:
         """SQNR of every stored tensor against fp32, by key in execution order."""
         figures: dict[str, float] = read_json(self.graph_folder(graph) / "layer_sqnr_db.json")
         return figures
+
+    def adaround(self, graph: str) -> dict[str, Any]:
+        """What AdaRound did to a graph's layers; empty where weights were rounded to nearest."""
+        path = self.graph_folder(graph) / ADAROUND
+        content: dict[str, Any] = read_json(path) if path.is_file() else {}
+        return content
 
     def pictures(self) -> dict[str, Tensor]:
         """Every held-out crop by name as the quantized model draws it: (3, H, W) in [0, 1]."""
@@ -42,7 +54,8 @@ class QuantizeArtifact:
         return {path.stem: load_tensors(path)["quantized"] for path in files}
 
     def simulation(self, graph: str, adapter: ModelAdapter, example: Tensors) -> Simulation:
-        """Build the quantized MHA graph of a model with the stage's ranges."""
+        """Build the quantized MHA graph of a model, which gets the stage's weights, with the stage's ranges."""
+        self.load_weights(graph, adapter)
         return load_simulation(self.graph_folder(graph) / f"{graph}.encodings", adapter, example, self.settings())
 
 

@@ -1,5 +1,6 @@
 """The work of `30-quantize`: ranges, files, per-layer figures and quantized pictures."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -8,14 +9,15 @@ from sdconvert.artifacts import write_json_atomic
 from sdconvert.calibration.artifact import CalibrationArtifact
 from sdconvert.checkpoint.artifact import CheckpointArtifact
 from sdconvert.config import Recipe
-from sdconvert.io.encodings import read_encodings, write_encodings, write_params
+from sdconvert.io.encodings import write_encodings, write_params
 from sdconvert.io.tensors import save_tensors
 from sdconvert.metrics import psnr_db, worst_sqnr_db
 from sdconvert.pipelines.backend import graph_adapters, swap_backends
 from sdconvert.pipelines.pasd import PASDPipeline
 from sdconvert.pipelines.sampling import sampling_arguments
+from sdconvert.quantize.artifact import ADAROUND
 from sdconvert.quantize.files import to_sections
-from sdconvert.quantize.grid import fake_quantized
+from sdconvert.quantize.rounding import plan_rounding, round_weights, write_figures
 from sdconvert.quantize.settings import QuantizerSettings, quantizer_settings
 from sdconvert.quantize.simulation import Simulation
 from sdconvert.stages import StageContext
@@ -33,7 +35,10 @@ def run(context: StageContext) -> dict[str, Any]:
     for done, (graph, adapter) in enumerate(adapters.items()):
         context.report.step(done, len(adapters) + 1, graph)
         simulations[graph] = _calibrate(adapter, data, settings)
-        figures = _write(simulations[graph], data, context.out / graph)
+    if context.recipe.quantize.adaround:
+        metrics |= _round(simulations, data, context)
+    for graph, simulation in simulations.items():
+        figures = _write(simulation, data, context.out / graph)
         metrics |= {f"{graph}_{name}": value for name, value in figures.items()}
     context.report.step(len(adapters), len(adapters) + 1, "pictures")
     swap_backends(pipe, adapters, simulations)
@@ -47,14 +52,43 @@ def _calibrate(adapter: ModelAdapter, data: CalibrationArtifact, settings: Quant
     return simulation
 
 
+def _round(simulations: Mapping[str, Simulation], data: CalibrationArtifact, context: StageContext) -> dict[str, float]:
+    """Round the weights of all graphs, once all of them are known to fit; return what rounding to nearest gave."""
+    section = context.recipe.quantize.adaround
+    assert section is not None  # for the type checker
+    samples = {graph: data.calibration(graph, section.samples) for graph in simulations}
+    for graph, simulation in simulations.items():
+        plan_rounding(simulation, section, len(samples[graph]))
+    metrics: dict[str, float] = {}
+    for graph, simulation in simulations.items():
+        metrics[f"{graph}_nearest_vs_fp32_db"] = _against_fp32(simulation, data)
+
+        def report(done: int, total: int, note: str, graph: str = graph) -> None:
+            context.report.step(done, total, f"{graph}: {note}")
+
+        result = round_weights(simulation, samples[graph], section, context.scratch / "adaround" / graph, report)
+        (context.out / graph).mkdir()
+        write_figures(result, context.out / graph / ADAROUND)
+        metrics[f"{graph}_adaround_layers"] = len(result.figures)
+        metrics[f"{graph}_adaround_layers_that_stayed_nearest"] = sum(
+            figures.fell_back for figures in result.figures.values()
+        )
+    return metrics
+
+
+def _against_fp32(simulation: Simulation, data: CalibrationArtifact) -> float:
+    held_out = list(data.evaluation(simulation.adapter.graph_name))
+    return min(map(worst_sqnr_db, map(simulation.adapter.run, held_out), map(simulation, held_out)))
+
+
 def _write(simulation: Simulation, data: CalibrationArtifact, folder: Path) -> dict[str, float]:
     """Write a graph's files; return worst SQNRs in dB against fp32 on held-out inputs.
 
-    The second figure tells how much of the loss is the weights': only they are rounded, by the file's own encodings.
+    The second figure tells how much of the loss is the weights': only they are rounded.
     """
     adapter = simulation.adapter
-    folder.mkdir()
-    save_tensors(dict(adapter.model.state_dict()), folder / "state_dict_mha.safetensors")
+    folder.mkdir(exist_ok=True)
+    save_tensors({**adapter.model.state_dict(), **simulation.rounded_weights}, folder / "state_dict_mha.safetensors")
     sections = to_sections(simulation)
     write_params(folder / "parameters_mha.encodings", sections["param_encodings"])
     write_encodings(folder / f"{adapter.graph_name}.encodings", sections)
@@ -62,8 +96,7 @@ def _write(simulation: Simulation, data: CalibrationArtifact, folder: Path) -> d
     held_out = list(data.evaluation(adapter.graph_name))
     write_json_atomic(simulation.layer_sqnr_db(held_out[0]), folder / "layer_sqnr_db.json")
     fp32 = [adapter.run(inputs) for inputs in held_out]
-    with fake_quantized(adapter.model, read_encodings(folder / "parameters_mha.encodings")["param_encodings"]):
-        weights_only = [adapter.run(inputs) for inputs in held_out]
+    weights_only = simulation.run_with_activations_unquantized(held_out)
     return {
         "simulation_vs_fp32_db": min(map(worst_sqnr_db, fp32, map(simulation, held_out))),
         "weights_only_vs_fp32_db": min(map(worst_sqnr_db, fp32, weights_only)),

@@ -4,7 +4,7 @@ The same object takes the ranges, runs as a backend of the pipeline, compares la
 turns into ONNX: nothing is quantized twice in two ways.
 """
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 
@@ -52,6 +52,52 @@ class Simulation:
         self.quantizers = aimet.insert_quantizers(self.graph_module, settings)
         self.quantizers.fixed_ranges |= _input_ranges(adapter, self.quantizers.activations)
         self.calibrated = False
+        self._floating: dict[str, nn.Parameter] = {}
+        self._rounded: dict[str, Tensor] = {}
+
+    @property
+    def rounded_weights(self) -> dict[str, Tensor]:
+        """Weights that this graph has instead of the model's, by name."""
+        return dict(self._rounded)
+
+    def layer_weights(self, ops: Collection[str]) -> list[tuple[str, tuple[int, ...]]]:
+        """Names and shapes of the weights that enter some ops, as `conv2d`, in execution order."""
+        sources = {name: self.quantizers.sources[name] for name, op in self.quantizers.ops.items() if op in ops}
+        return [(name, tuple(self.graph_module.get_parameter(source).shape)) for name, source in sources.items()]
+
+    def set_weights(self, weights: Mapping[str, Tensor]) -> None:
+        """Have this graph compute with other weights; the model keeps its own, and stays what figures refer to.
+
+        Args:
+            weights: By name, in the model's shapes; of weights that have a quantizer.
+
+        Raises:
+            UsageError: One of them is no such weight.
+        """
+        if odd := sorted(weights.keys() - self.quantizers.sources.keys()):
+            raise UsageError(
+                f"`{odd[0]}` is no quantized weight of the {self.adapter.graph_name} graph", hint="is it in the model?"
+            )
+        for name, weight in weights.items():
+            source = self.quantizers.sources[name]
+            self._floating.setdefault(source, self.graph_module.get_parameter(source))
+            aimet.set_parameter(self.graph_module, source, nn.Parameter(weight, requires_grad=False))
+            self._rounded[name] = weight
+
+    @torch.no_grad()
+    def run_with_activations_unquantized(self, samples: Iterable[Tensors]) -> list[Tensors]:
+        """Run the graph with quantized weights alone.
+
+        Raises:
+            PreconditionError: It has no ranges yet.
+        """
+        self._require_ranges()
+        module = aimet.without_quantizers(self.graph_module, self.quantizers.activations)
+        outputs = [module(*(sample[name] for name in self.input_names)) for sample in samples]
+        return [
+            {name: tensor.as_subclass(Tensor) for name, tensor in zip(self.output_names, one, strict=True)}
+            for one in outputs
+        ]
 
     def calibrate(self, samples: Iterable[Tensors]) -> None:
         """Take all ranges from samples of graph inputs.
@@ -65,12 +111,12 @@ class Simulation:
         self.calibrated = True
         self.load(self.encodings())
 
-    def recalibrate(self, samples: Iterable[Tensors], paths: Collection[str]) -> list[str]:
+    def recalibrate(self, samples: Iterable[Tensors], paths: Collection[str] | None = None) -> list[str]:
         """Take the ranges of all tensors that some modules make anew; all other ranges stay.
 
         Args:
             samples: Of graph inputs.
-            paths: Of the modules; what their children make counts.
+            paths: Of the modules; what their children make counts. None: of all tensors, weights stay.
 
         Returns:
             Keys of these tensors.
@@ -80,7 +126,10 @@ class Simulation:
             UsageError: A module makes no tensor of the graph.
         """
         self._require_ranges()
-        every = list(dict.fromkeys(key for found in self._keys_below(paths).values() for key in found))
+        if paths is None:
+            every = list(self.quantizers.activations)
+        else:
+            every = list(dict.fromkeys(key for found in self._keys_below(paths).values() for key in found))
         batches, margin = self._batches(samples), self.settings.range_margin
         aimet.calibrate_activations(self.graph_module, self.quantizers, iter(batches), margin=margin, keys=set(every))
         self.load(self.encodings())
@@ -166,6 +215,8 @@ class Simulation:
         self._require_ranges()
         every = self.quantizers.activations | self.quantizers.parameters
         floating = aimet.without_quantizers(self.graph_module, every)
+        for source, weight in self._floating.items():
+            aimet.set_parameter(floating, source, weight)
         names = aimet.child_names(self.graph_module, self.quantizers.activations)
         for key in self.quantizers.masked_scores:
             # How far below all others a hidden score is does not matter.

@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -151,6 +151,27 @@ def adaround(
     return run(samples, report)
 
 
+def plan_adaround(graph_module: GraphModule, grids: Collection[str], settings: AdaRoundSettings, samples: int) -> Plan:
+    """What `adaround` will take with these arguments, and as many samples.
+
+    Raises:
+        PreconditionError: There is no sample.
+        UsageError: A weight is none of the graph.
+        BudgetError: A layer or a sample does not fit the budget.
+    """
+    return _plan(SegmentedGraph(graph_module, grids), settings, samples)
+
+
+def _plan(segmented: SegmentedGraph, settings: AdaRoundSettings, samples: int) -> Plan:
+    return make_plan(
+        segmented,
+        samples=samples,
+        held_out=len(settings.held_out_samples(samples)),
+        budget_bytes=settings.budget_bytes,
+        item_bytes=2 if settings.half_precision else 4,
+    )
+
+
 class _Run:
     def __init__(
         self,
@@ -166,14 +187,7 @@ class _Run:
         self._fitted = sorted(set(range(count)) - set(self._held_out))
         self._fixed, self._done = fixed, list[CommittedGroup]()
         self._current: dict[str, Tensor] = {}
-        item_bytes = 2 if settings.half_precision else 4
-        self.plan = make_plan(
-            segmented,
-            samples=count,
-            held_out=len(self._held_out),
-            budget_bytes=settings.budget_bytes,
-            item_bytes=item_bytes,
-        )
+        self.plan = _plan(segmented, settings, count)
 
     def __call__(self, samples: Samples, report: Report) -> AdaRoundResult:
         segmented, settings = self._segmented, self._settings

@@ -83,13 +83,8 @@ def quantizer_settings(recipe: Recipe) -> QuantizerSettings:
     """The settings of the recipe's SoCs with the recipe's bit-widths.
 
     Raises:
-        UsageError: An unknown SoC, SoCs of different groups, or AdaRound, which this version does not do.
+        UsageError: An unknown SoC, or SoCs of different groups.
     """
-    if recipe.quantize.adaround:
-        raise UsageError(
-            "quantize.adaround: true is not available yet: weights are rounded to nearest",
-            hint="set quantize.adaround to false",
-        )
     settings = load_settings({find_soc(name).arch for name in recipe.qnn.socs})
     quantize = recipe.quantize
     return settings.with_bitwidths(
