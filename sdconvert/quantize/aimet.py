@@ -149,6 +149,16 @@ def _calibrate_one(quantizer: QuantizeDequantize, data: Tensor) -> None:
         quantizer(data)
 
 
+@torch.no_grad()
+def weight_encodings(weight: Tensor, grid: Grid) -> list[Encoding]:
+    """Encodings that AIMET gives a weight from its smallest and largest values."""
+    shape = (weight.shape[0], *[1] * (weight.dim() - 1)) if grid.per_channel else ()
+    quantizer = QuantizeDequantize(shape=shape, bitwidth=grid.bitwidth, symmetric=grid.symmetric)
+    _calibrate_one(quantizer, weight.detach())
+    entries: list[Encoding] = quantizer.get_legacy_encodings()
+    return entries
+
+
 def child_names(graph_module: GraphModule, quantizers: Mapping[str, QuantizeDequantize]) -> dict[str, str]:
     """Name of each quantizer among the graph's children, by key in execution order."""
     keys = {id(quantizer): key for key, quantizer in quantizers.items()}

@@ -1,0 +1,129 @@
+"""Which layers may have fewer bits: the smallest model of a quality, or the best model of a size.
+
+Each layer's noise is taken as its own (`sensitivity.py`), so the noise of a choice is a sum over layers, and its size is
+one too. Layers are lowered in the order of noise per bit saved: the greedy solution of a knapsack whose items are small,
+as in HAWQ (Dong et al., arXiv:1911.03852, eq. 4).
+"""
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sdconvert.errors import UsageError
+
+Key = tuple[str, str]
+"""Graph and weight."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Bits of every weight, and what they are expected to cost.
+
+    Attributes:
+        bits: By graph and weight.
+        bits_per_weight: On average.
+        weight_bytes: Of all these weights, without scales.
+        predicted_db: SQNR of the final picture, or of the worst graph's output where no pictures were measured.
+    """
+
+    bits: Mapping[Key, int]
+    bits_per_weight: float
+    weight_bytes: int
+    predicted_db: float
+
+
+def frontier(graphs: Mapping[str, Any]) -> list[Choice]:
+    """Every choice on the way from the most bits for all layers to the fewest.
+
+    Args:
+        graphs: As `read_sensitivity` gives them.
+
+    Raises:
+        UsageError: Fewer than two bit-widths were measured, or not the same ones for all layers.
+    """
+    layers = {(graph, name): layer for graph, found in graphs.items() for name, layer in found["layers"].items()}
+    kind = "picture_db" if all(layer["picture_db"] for layer in layers.values()) else "output_db"
+    noise = {key: {int(bits): _noise(db) for bits, db in layer[kind].items()} for key, layer in layers.items()}
+    widths = sorted({bits for found in noise.values() for bits in found}, reverse=True)
+    if len(widths) < 2 or any(len(found) != len(widths) for found in noise.values()):
+        raise UsageError(
+            "a choice needs two bit-widths, measured for every layer",
+            hint="let `sdconvert quantize sensitivity --bits 4 --bits 8` end",
+        )
+    counts = {key: int(layer["weights"]) for key, layer in layers.items()}
+    bits = dict.fromkeys(layers, widths[0])
+    choices = [_choice(bits, counts, noise)]
+    for high, low in itertools.pairwise(widths):
+        cost = {key: (noise[key][low] - noise[key][high]) / (counts[key] * (high - low)) for key in layers}
+        for key in sorted(layers, key=cost.__getitem__):
+            bits[key] = low
+            choices.append(_choice(bits, counts, noise))
+    return choices
+
+
+def choose(
+    choices: Sequence[Choice],
+    *,
+    target_bits: float | None = None,
+    target_bytes: int | None = None,
+    target_db: float | None = None,
+) -> Choice:
+    """The best choice of at most a size, or the smallest of at least a quality.
+
+    Args:
+        choices: From `frontier`.
+        target_bits: Bits per weight on average.
+        target_bytes: Of all weights together, without scales.
+        target_db: Predicted SQNR in dB.
+
+    Raises:
+        UsageError: Not exactly one target is given, or no choice reaches it; the message says what there is.
+    """
+    if sum(target is not None for target in (target_bits, target_bytes, target_db)) != 1:
+        raise UsageError("one target is needed", hint="give one of --target-bits, --target-size and --target-sqnr")
+    if target_db is not None:
+        fitting = [choice for choice in choices if choice.predicted_db >= target_db]
+        best = min(fitting, key=lambda choice: choice.weight_bytes, default=None)
+    else:
+        limit = target_bytes if target_bytes is not None else math.inf
+        mean = target_bits if target_bits is not None else math.inf
+        fitting = [one for one in choices if one.weight_bytes <= limit and one.bits_per_weight <= mean]
+        best = max(fitting, key=lambda choice: choice.predicted_db, default=None)
+    if best is None:
+        first, last = choices[0], choices[-1]
+        raise UsageError(
+            "no choice of bit-widths reaches the target",
+            hint=f"they reach from {first.bits_per_weight:.2f} bits per weight, {first.weight_bytes} bytes, "
+            f"{first.predicted_db:.1f} dB to {last.bits_per_weight:.2f} bits, {last.weight_bytes} bytes, "
+            f"{last.predicted_db:.1f} dB",
+        )
+    return best
+
+
+def recipe_layers(choice: Choice, default: int) -> dict[str, dict[str, int]]:
+    """The choice as `quantize.layers` of a recipe, in as many entries as there are layers of other bits.
+
+    Args:
+        choice: Of bit-widths.
+        default: `quantize.weight_bitwidth`.
+    """
+    return {
+        f"{graph}:{weight.rpartition('.')[0]}": {"weight_bitwidth": bits}
+        for (graph, weight), bits in choice.bits.items()
+        if bits != default
+    }
+
+
+def _choice(bits: Mapping[Key, int], counts: Mapping[Key, int], noise: Mapping[Key, Mapping[int, float]]) -> Choice:
+    total = sum(counts[key] * width for key, width in bits.items())
+    by_graph: dict[str, float] = {}
+    for key, width in bits.items():
+        by_graph[key[0]] = by_graph.get(key[0], 0.0) + noise[key][width]
+    return Choice(dict(bits), total / sum(counts.values()), -(-total // 8), -10 * math.log10(max(by_graph.values())))
+
+
+def _noise(db: float) -> float:
+    """Noise over signal."""
+    return 10 ** (-db / 10)
