@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-from sdconvert.adapters import ModelAdapter
 from sdconvert.artifacts import write_json_atomic
 from sdconvert.calibration.artifact import CalibrationArtifact
 from sdconvert.checkpoint.artifact import CheckpointArtifact
@@ -16,8 +15,9 @@ from sdconvert.pipelines.pasd import PASDPipeline
 from sdconvert.pipelines.sampling import sampling_arguments
 from sdconvert.quantize.files import to_sections
 from sdconvert.quantize.grid import fake_quantized
-from sdconvert.quantize.settings import QuantizerSettings, quantizer_settings
+from sdconvert.quantize.settings import quantizer_settings
 from sdconvert.quantize.simulation import Simulation
+from sdconvert.quantize.weight_grids import require_effect
 from sdconvert.stages import StageContext
 
 
@@ -29,22 +29,18 @@ def run(context: StageContext) -> dict[str, Any]:
     data = CalibrationArtifact(context.run.stage_folder("20-calibration"))
     adapters = graph_adapters(pipe, context.recipe.pipeline.conditioning_scale)
     metrics: dict[str, Any] = {}
-    simulations: dict[str, Simulation] = {}
-    for done, (graph, adapter) in enumerate(adapters.items()):
+    simulations = {
+        graph: Simulation(adapter, next(iter(data.calibration(graph))), settings) for graph, adapter in adapters.items()
+    }
+    require_effect(settings.layers, {graph: one.quantizers.layers for graph, one in simulations.items()})
+    for done, (graph, simulation) in enumerate(simulations.items()):
         context.report.step(done, len(adapters) + 1, graph)
-        simulations[graph] = _calibrate(adapter, data, settings)
-        figures = _write(simulations[graph], data, context.out / graph)
+        simulation.calibrate(data.calibration(graph))
+        figures = _write(simulation, data, context.out / graph)
         metrics |= {f"{graph}_{name}": value for name, value in figures.items()}
     context.report.step(len(adapters), len(adapters) + 1, "pictures")
     swap_backends(pipe, adapters, simulations)
     return metrics | _run_pictures(pipe, context.recipe, data, context.out / "pictures")
-
-
-def _calibrate(adapter: ModelAdapter, data: CalibrationArtifact, settings: QuantizerSettings) -> Simulation:
-    samples = data.calibration(adapter.graph_name)
-    simulation = Simulation(adapter, next(iter(samples)), settings)
-    simulation.calibrate(samples)
-    return simulation
 
 
 def _write(simulation: Simulation, data: CalibrationArtifact, folder: Path) -> dict[str, float]:

@@ -4,7 +4,7 @@ The same object takes the ranges, runs as a backend of the pipeline, compares la
 turns into ONNX: nothing is quantized twice in two ways.
 """
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 
@@ -36,20 +36,28 @@ class Simulation:
         adapter: Covers the model.
         example: One set of graph inputs.
         settings: Bit-widths and symmetry.
+        parameters: Encodings of weights that `load` will get: their bit-widths and blocks count, not the settings'.
 
     Raises:
         UnsupportedModelError: The graph has ops without a quantization rule, or weights without a grid.
-        UsageError: The adapter gives a range to what is no input.
+        UsageError: The adapter gives a range to what is no input, or blocks of a layer do not divide its channels.
+        EncodingsError: Encodings do not fit a weight's shape.
     """
 
-    def __init__(self, adapter: ModelAdapter, example: Tensors, settings: QuantizerSettings) -> None:
+    def __init__(
+        self,
+        adapter: ModelAdapter,
+        example: Tensors,
+        settings: QuantizerSettings,
+        parameters: Mapping[str, Sequence[Encoding]] | None = None,
+    ) -> None:
         self.adapter = adapter
         self.settings = settings
         self.input_names = tuple(example)
         self.graph_module: GraphModule = graph.trace(adapter, example)
         output = next(node for node in self.graph_module.graph.nodes if node.op == "output")
         self.output_names = adapter.output_names(len(output.args[0]))
-        self.quantizers = aimet.insert_quantizers(self.graph_module, settings)
+        self.quantizers = aimet.insert_quantizers(self.graph_module, settings, adapter.graph_name, parameters)
         self.quantizers.fixed_ranges |= _input_ranges(adapter, self.quantizers.activations)
         self.calibrated = False
 
