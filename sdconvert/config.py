@@ -120,6 +120,15 @@ class AdaRoundSection(_Section):
     """Memory beside the program and the weights, as `1GiB` or in bytes; the rest goes to disk."""
 
 
+class LayerPrecision(_Section):
+    """Weights of some layers."""
+
+    weight_bitwidth: Literal[4, 8, 16]
+    """Bits per weight."""
+    block_size: int | None = Field(default=None, ge=2)
+    """Input channels that share a scale, in each output channel; all of them if not given."""
+
+
 class QuantizeSection(_Section):
     """Bit widths and rounding of the quantized model."""
 
@@ -129,6 +138,10 @@ class QuantizeSection(_Section):
     """Bits per activation."""
     per_channel: bool = True
     """One weight scale per output channel instead of one per tensor."""
+    layers: dict[str, LayerPrecision] = {}
+    """Convolutions and linear layers with weights of another precision: `{PATTERN: {weight_bitwidth: 4}}`. A pattern is
+    a module path in the model's own names, or as in a shell (`*` also stands for dots); with the name of a graph before
+    it, for that graph alone: `unet:up_blocks.*.ff.*`. The last pattern that fits a layer counts."""
     adaround: AdaRoundSection | None = None
     """Choose the rounding of the weights by what it does to each layer's output (Nagel et al., "Up or Down?", 2020)
     instead of rounding to nearest; `true` stands for all defaults."""
@@ -300,8 +313,9 @@ def _explain(error: ErrorDetails, origins: dict[str, str], path: Path) -> Recipe
     *parents, wrong = names
     section: Any = Recipe
     for parent in parents:
-        # Below a list the parent is an index, and the section is what the list holds.
-        section = get_args(section)[0] if parent.isdigit() else section.model_fields[parent].annotation
+        # Below a list or a mapping the parent is an index or a key, and the section is what stands there.
+        held = [one for one in get_args(section) if isinstance(one, type) and issubclass(one, BaseModel)]
+        section = held[0] if held else section.model_fields[parent].annotation
     hint = did_you_mean(wrong, list(section.model_fields))
     if wrong in everywhere:
         hint = f"did you mean `{everywhere[wrong]}`?"

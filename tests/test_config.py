@@ -30,6 +30,15 @@ def test_defaults_are_those_of_pasd_tiny() -> None:
     assert load_recipe("pasd_tiny") == Recipe()
 
 
+def test_layers_keep_their_order(tmp_path: Path) -> None:
+    """The last pattern that fits counts."""
+    layers = "{'unet:z.*': {weight_bitwidth: 4, block_size: 16}, a: {weight_bitwidth: 16}, '*': {weight_bitwidth: 8}}"
+    recipe = load_recipe("pasd_tiny", [f"quantize.layers={layers}"])
+    again = load_recipe(write(tmp_path, dump_recipe(recipe)))
+    assert again == recipe
+    assert list(again.quantize.layers) == ["unet:z.*", "a", "*"]
+
+
 def test_dump_and_load_are_inverse(tmp_path: Path) -> None:
     recipe = load_recipe("pasd_tiny", ["pipeline.prompt='ümläut: yes'", "qnn.socs=[SM8550, SM8750]"])
     assert recipe.qnn.socs == ("SM8550", "SM8750")
@@ -76,6 +85,9 @@ def test_overrides_replace_exactly_what_they_name(steps: int, scale: float, per_
         ("checkpoint:\n  loras:\n  - {scale: 1}\n", r"line 2: `checkpoint.loras.0.path`", "schema"),
         ("checkpoint:\n  loras:\n  - {path: a, scale: 0}\n", r"a scale of 0 gives a no effect", "schema"),
         ("checkpoint:\n  loras:\n  - path: a\n    path: b\n", r"line 4: `checkpoint.loras.0.path` is given", "line 3"),
+        ("quantize:\n  layers:\n    a.b: {bits: 4}\n", r"line 3: unknown key `quantize.layers.a.b.bits`", "weight_bi"),
+        ("quantize:\n  layers:\n    a.b: {weight_bitwidth: 5}\n", r"line 3: `quantize.layers.a.b.*found 5", "schema"),
+        ("quantize:\n  layers:\n    a: {block_size: 8}\n", r"line 3: `quantize.layers.a.weight_bitwidth`", "schema"),
         ("schema_version: 2\n", r"line 1: `schema_version`", "schema"),
         ("name: ../escape\n", r"line 1: `name`", "schema"),
         ("- a\n", "no mapping", "config show"),

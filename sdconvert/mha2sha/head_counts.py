@@ -3,14 +3,13 @@
 import difflib
 import json
 from collections.abc import Iterable, Mapping
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 from sdconvert.errors import CheckpointError, UsageError
+from sdconvert.plugins.selectors import matches_pattern
 
 _ONE_HEAD = ("AutoencoderKL", "VQModel")
-_GLOB = set("*?[")
 _SHOWN = 5
 
 
@@ -113,7 +112,7 @@ def read_heads_file(path: Path, layers: Iterable[str]) -> dict[str, int]:
             without a count.
     """
     counts, known = _read_counts(path), list(layers)
-    matches = {one: [layer for layer in known if _matches(one, layer)] for one in counts}
+    matches = {one: [layer for layer in known if matches_pattern(one, layer)] for one in counts}
     if lost := [one for one, found in matches.items() if not found]:
         near = difflib.get_close_matches(lost[0], known, n=1, cutoff=0)
         raise UsageError(
@@ -137,10 +136,6 @@ def read_heads_file(path: Path, layers: Iterable[str]) -> dict[str, int]:
             hint='name them; `"*"` stands for all that are not named',
         )
     return heads
-
-
-def _matches(pattern: str, layer: str) -> bool:
-    return pattern == layer or (bool(_GLOB & set(pattern)) and fnmatchcase(layer, pattern))
 
 
 def _read_counts(path: Path) -> dict[str, int]:

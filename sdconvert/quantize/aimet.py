@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -10,11 +10,12 @@ from aimet_torch.quantization.affine import QuantizeDequantize
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from sdconvert.errors import EncodingsError, UnsupportedModelError, UsageError
+from sdconvert.errors import EncodingsError, UsageError
 from sdconvert.io.encodings import Encoding
 from sdconvert.quantize import graph
 from sdconvert.quantize.observer import ObserverBlock
 from sdconvert.quantize.settings import Grid, QuantizerSettings
+from sdconvert.quantize.weight_grids import LAYER_OPS, planned_grids, recorded_grids
 
 _PREFIX = "quantizer_"
 _FINE_BITWIDTH = 16
@@ -30,39 +31,46 @@ class QuantizerSet:
         self.activations: dict[str, QuantizeDequantize] = {}
         self.parameters: dict[str, QuantizeDequantize] = {}
         self.sources: dict[str, str] = {}
-        self.ops: dict[str, str] = {}
+        self.layers: list[str] = []
         self.fixed_ranges: dict[str, tuple[float, float]] = {}
         self.masked_scores: dict[str, str] = {}
 
 
-def insert_quantizers(graph_module: GraphModule, settings: QuantizerSettings) -> QuantizerSet:
+def insert_quantizers(
+    graph_module: GraphModule,
+    settings: QuantizerSettings,
+    graph_name: str,
+    encodings: Mapping[str, Sequence[Encoding]] | None = None,
+) -> QuantizerSet:
     """Put a quantizer behind every stored tensor, every weight and every second operand of MatMul.
 
     Biases stay floating-point: the compiler makes them int32, with the product of input and weight scale.
 
+    Args:
+        graph_module: Without quantizers.
+        settings: Of all tensors.
+        graph_name: What patterns of the settings call the graph.
+        encodings: Of weights, to be loaded later; their grids count, not those of the settings.
+
     Raises:
         UnsupportedModelError: A weight enters an op whose weights have no grid.
+        UsageError: Blocks of a layer do not divide its input channels.
+        EncodingsError: Encodings do not fit a weight's shape.
     """
     quantizers = QuantizerSet()
     stored = graph.values(graph_module)
-    weights, seconds = graph.parameters(graph_module), graph.operands(graph_module)
+    weights = [parameter for parameter in graph.parameters(graph_module) if not parameter.is_bias]
+    seconds = graph.operands(graph_module)
+    grids = planned_grids(weights, settings, graph_name) | recorded_grids(weights, encodings or {})
+    quantizers.layers = [weight.layer for weight in weights if weight.op in LAYER_OPS]
     quantizers.masked_scores = graph.masked_scores(graph_module)
     for value in stored:
         quantizers.activations[value.key] = _insert(graph_module, value.node, settings.activations)
         if value.op in settings.ranges:
             quantizers.fixed_ranges[value.key] = settings.ranges[value.op]
-    for parameter in weights:
-        if parameter.is_bias:
-            continue
-        if parameter.op not in settings.parameters:
-            raise UnsupportedModelError(
-                f"`{parameter.name}` enters {parameter.op or 'a move'}, for which {settings.name} has no grid",
-                hint=f"{settings.name} has grids for weights of {', '.join(settings.parameters)}",
-            )
-        quantizer = _insert(graph_module, parameter.node, settings.parameters[parameter.op])
-        quantizers.parameters[parameter.name] = quantizer
-        quantizers.sources[parameter.name] = str(parameter.node.target)
-        quantizers.ops[parameter.name] = parameter.op
+    for weight in weights:
+        quantizers.parameters[weight.name] = _insert(graph_module, weight.node, grids[weight.name])
+        quantizers.sources[weight.name] = str(weight.node.target)
     for operand in seconds:
         # The operand's source has its own quantizer by now: this one comes after it, on this edge alone.
         source = operand.matmul.args[1]
@@ -244,11 +252,8 @@ def without_operand_quantizers(graph_module: GraphModule, quantizers: QuantizerS
 
 
 def _insert(graph_module: GraphModule, node: Node, grid: Grid, only: Node | None = None) -> QuantizeDequantize:
-    shape: tuple[int, ...] = ()
-    if grid.per_channel:
-        weight = node.meta["val"]
-        shape = (weight.shape[0],) + (1,) * (weight.dim() - 1)
-    quantizer = QuantizeDequantize(shape=shape, bitwidth=grid.bitwidth, symmetric=grid.symmetric)
+    shape, block_size = _shape(grid, tuple(node.meta["val"].shape))
+    quantizer = QuantizeDequantize(shape=shape, bitwidth=grid.bitwidth, symmetric=grid.symmetric, block_size=block_size)
     name = f"{_PREFIX}{sum(child.startswith(_PREFIX) for child, _ in graph_module.named_children())}"
     graph_module.add_submodule(name, quantizer)
     with graph_module.graph.inserting_after(node):
@@ -258,3 +263,14 @@ def _insert(graph_module: GraphModule, node: Node, grid: Grid, only: Node | None
         if user is not call:
             user.replace_input_with(node, call)
     return quantizer
+
+
+def _shape(grid: Grid, tensor: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...] | None]:
+    """Shape of a tensor's scales, and of the block that shares one."""
+    if not grid.per_channel:
+        return (), None
+    channels, *rest = tensor
+    if grid.block_size is None:
+        return (channels, *[1] * len(rest)), None
+    columns, *kernel = rest
+    return (channels, columns // grid.block_size, *[1] * len(kernel)), (1, grid.block_size, *kernel)

@@ -62,13 +62,13 @@ class QuantizeArtifact:
 def load_simulation(
     encodings: Path, adapter: ModelAdapter, example: Tensors, settings: QuantizerSettings
 ) -> Simulation:
-    """Trace a model and set its quantizers from a file.
+    """Trace a model and set its quantizers from a file, which also says how many bits and which blocks weights have.
 
     Raises:
         EncodingsError: The file does not fit the graph exactly.
     """
-    simulation = Simulation(adapter, example, settings)
     sections: dict[str, Any] = read_encodings(encodings)
+    simulation = Simulation(adapter, example, settings, sections["param_encodings"])
     simulation.load(from_sections(sections, simulation))
     return simulation
 

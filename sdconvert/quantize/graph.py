@@ -81,6 +81,16 @@ class Parameter:
     is_bias: bool
     node: Node
 
+    @property
+    def layer(self) -> str:
+        """Path of the module that holds it."""
+        return self.name.rpartition(".")[0]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its own, before any move."""
+        return tuple(self.node.meta["val"].shape)
+
 
 @dataclass(frozen=True)
 class Operand:

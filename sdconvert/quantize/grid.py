@@ -22,7 +22,8 @@ class WeightGrid:
     """The grid of one weight: scale * step for whole steps between `lowest` and `highest`, zero among them.
 
     Attributes:
-        scale: (1,), or (channels,) along the weight's first dimension.
+        scale: (1,), (channels,) along the weight's first dimension, or (channels * blocks,): in each channel, block
+            after block of the second dimension.
         zero_point: Integer that stands for zero, as many as scales.
         bounds: Smallest and largest integer.
     """
@@ -36,12 +37,15 @@ class WeightGrid:
         """The grid that encodings give a weight of a shape.
 
         Raises:
-            EncodingsError: Their number is neither one nor the number of channels, or they are no one integer grid.
+            EncodingsError: Their number is neither one, nor the number of channels or of equal blocks of them, or they
+                are no one integer grid.
         """
         channels = shape[0] if shape else 1
-        if len(entries) not in (1, channels):
+        blocks, rest = divmod(len(entries), channels)
+        if len(entries) != 1 and (rest or not blocks or (blocks > 1 and (len(shape) < 2 or shape[1] % blocks))):
             raise EncodingsError(
-                f"{len(entries)} encodings for a weight of shape {tuple(shape)}", hint=f"expected 1 or {channels}"
+                f"{len(entries)} encodings for a weight of shape {tuple(shape)}",
+                hint=f"expected 1, {channels}, or as many in blocks",
             )
         kinds = {(entry["dtype"], entry["bitwidth"], entry.get("is_symmetric")) for entry in entries}
         if len(kinds) != 1 or (kind := kinds.pop())[0] != "int":
@@ -62,19 +66,26 @@ class WeightGrid:
         scale, zero_point = self.scale.to(weight.device), self.zero_point.to(weight.device)
         if len(scale) == 1:
             return torch.fake_quantize_per_tensor_affine(weight, scale[0], zero_point[0], *self.bounds)
-        return torch.fake_quantize_per_channel_affine(weight, scale, zero_point, 0, *self.bounds)
+        rows = weight.reshape(len(scale), -1)
+        return torch.fake_quantize_per_channel_affine(rows, scale, zero_point, 0, *self.bounds).reshape(weight.shape)
 
     def to_steps(self, weight: Tensor) -> Tensor:
         """The weight in steps of the scale from zero, not rounded."""
-        return weight / self._per_channel(self.scale, weight)
+        return weight / self._spread(self.scale, weight)
 
     def from_steps(self, steps: Tensor) -> Tensor:
         """The weight of a number of steps, which are cut off at the ends of the grid."""
-        lowest, highest = (self._per_channel(bound - self.zero_point, steps) for bound in self.bounds)
-        return steps.clamp(lowest, highest) * self._per_channel(self.scale, steps)
+        lowest, highest = (self._spread(bound - self.zero_point, steps) for bound in self.bounds)
+        return steps.clamp(lowest, highest) * self._spread(self.scale, steps)
 
-    def _per_channel(self, values: Tensor, like: Tensor) -> Tensor:
-        return values.to(like).reshape(-1, *[1] * (like.dim() - 1))
+    def _spread(self, values: Tensor, like: Tensor) -> Tensor:
+        """One value per scale as a tensor that a weight-shaped one can be multiplied with."""
+        channels = like.shape[0] if like.dim() else 1
+        if len(values) in (1, channels):
+            return values.to(like).reshape(-1, *[1] * (like.dim() - 1))
+        blocks = len(values) // channels
+        spread = values.to(like).reshape(channels, blocks).repeat_interleave(like.shape[1] // blocks, 1)
+        return spread.reshape(channels, like.shape[1], *[1] * (like.dim() - 2))
 
 
 class FakeQuantBlock(SinglePluginBlock):

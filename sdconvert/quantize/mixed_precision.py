@@ -1,8 +1,8 @@
 """Which layers may have fewer bits: the smallest model of a quality, or the best model of a size.
 
-Each layer's noise is taken as its own (`sensitivity.py`), so the noise of a choice is a sum over layers, and its size is
-one too. Layers are lowered in the order of noise per bit saved: the greedy solution of a knapsack whose items are small,
-as in HAWQ (Dong et al., arXiv:1911.03852, eq. 4).
+Each layer's noise is taken as its own (`sensitivity.py`), so noise and size of a choice are sums over layers. Layers
+are lowered in the order of noise per bit saved, which is the greedy solution of a knapsack; HAWQ-V2 (Dong et al.,
+arXiv:1911.03852) has such a sum as its objective.
 """
 
 import itertools
@@ -25,7 +25,8 @@ class Choice:
         bits: By graph and weight.
         bits_per_weight: On average.
         weight_bytes: Of all these weights, without scales.
-        predicted_db: SQNR of the final picture, or of the worst graph's output where no pictures were measured.
+        predicted_db: SQNR of the final picture; where no pictures were measured, of the graphs' outputs, as if their
+            noises met in one place.
     """
 
     bits: Mapping[Key, int]
@@ -118,10 +119,8 @@ def recipe_layers(choice: Choice, default: int) -> dict[str, dict[str, int]]:
 
 def _choice(bits: Mapping[Key, int], counts: Mapping[Key, int], noise: Mapping[Key, Mapping[int, float]]) -> Choice:
     total = sum(counts[key] * width for key, width in bits.items())
-    by_graph: dict[str, float] = {}
-    for key, width in bits.items():
-        by_graph[key[0]] = by_graph.get(key[0], 0.0) + noise[key][width]
-    return Choice(dict(bits), total / sum(counts.values()), -(-total // 8), -10 * math.log10(max(by_graph.values())))
+    predicted = -10 * math.log10(sum(noise[key][width] for key, width in bits.items()))
+    return Choice(dict(bits), total / sum(counts.values()), -(-total // 8), predicted)
 
 
 def _noise(db: float) -> float:

@@ -14,8 +14,6 @@ from sdconvert.quantize.adaround.run import AdaRoundResult, AdaRoundSettings, Re
 from sdconvert.quantize.adaround.solve import SolverSettings
 from sdconvert.quantize.simulation import Encodings, Simulation
 
-ROUNDED_OPS = ("conv2d", "linear")
-
 
 def settings_of(section: AdaRoundSection) -> AdaRoundSettings:
     """AdaRound's settings as the recipe has them."""
@@ -74,9 +72,7 @@ def round_weights(
 def rounded_grids(simulation: Simulation) -> dict[str, CodeGrid]:
     """The grids of all weights that AdaRound rounds, by name."""
     entries = simulation.encodings().parameters
-    return {
-        name: CodeGrid.from_encodings(entries[name], shape) for name, shape in simulation.layer_weights(ROUNDED_OPS)
-    }
+    return {name: CodeGrid.from_encodings(entries[name], shape) for name, shape in simulation.layer_weights().items()}
 
 
 def write_figures(result: AdaRoundResult, path: Path) -> Mapping[str, Any]:

@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sdconvert.adapters import ModelAdapter
 from sdconvert.artifacts import write_json_atomic
 from sdconvert.calibration.artifact import CalibrationArtifact
 from sdconvert.checkpoint.artifact import CheckpointArtifact
@@ -18,8 +17,9 @@ from sdconvert.pipelines.sampling import sampling_arguments
 from sdconvert.quantize.artifact import ADAROUND
 from sdconvert.quantize.files import to_sections
 from sdconvert.quantize.rounding import plan_rounding, round_weights, write_figures
-from sdconvert.quantize.settings import QuantizerSettings, quantizer_settings
+from sdconvert.quantize.settings import quantizer_settings
 from sdconvert.quantize.simulation import Simulation
+from sdconvert.quantize.weight_grids import require_effect
 from sdconvert.stages import StageContext
 
 
@@ -31,10 +31,13 @@ def run(context: StageContext) -> dict[str, Any]:
     data = CalibrationArtifact(context.run.stage_folder("20-calibration"))
     adapters = graph_adapters(pipe, context.recipe.pipeline.conditioning_scale)
     metrics: dict[str, Any] = {}
-    simulations: dict[str, Simulation] = {}
-    for done, (graph, adapter) in enumerate(adapters.items()):
+    simulations = {
+        graph: Simulation(adapter, next(iter(data.calibration(graph))), settings) for graph, adapter in adapters.items()
+    }
+    require_effect(settings.layers, {graph: one.quantizers.layers for graph, one in simulations.items()})
+    for done, (graph, simulation) in enumerate(simulations.items()):
         context.report.step(done, len(adapters) + 1, graph)
-        simulations[graph] = _calibrate(adapter, data, settings)
+        simulation.calibrate(data.calibration(graph))
     if context.recipe.quantize.adaround:
         metrics |= _round(simulations, data, context)
     for graph, simulation in simulations.items():
@@ -43,13 +46,6 @@ def run(context: StageContext) -> dict[str, Any]:
     context.report.step(len(adapters), len(adapters) + 1, "pictures")
     swap_backends(pipe, adapters, simulations)
     return metrics | _run_pictures(pipe, context.recipe, data, context.out / "pictures")
-
-
-def _calibrate(adapter: ModelAdapter, data: CalibrationArtifact, settings: QuantizerSettings) -> Simulation:
-    samples = data.calibration(adapter.graph_name)
-    simulation = Simulation(adapter, next(iter(samples)), settings)
-    simulation.calibrate(samples)
-    return simulation
 
 
 def _round(simulations: Mapping[str, Simulation], data: CalibrationArtifact, context: StageContext) -> dict[str, float]:

@@ -20,8 +20,8 @@ from sdconvert.metrics import sqnr_db, worst_sqnr_db
 from sdconvert.quantize import graph
 from sdconvert.quantize.aimet import weight_encodings
 from sdconvert.quantize.grid import fake_quantized
-from sdconvert.quantize.rounding import ROUNDED_OPS
 from sdconvert.quantize.settings import QuantizerSettings
+from sdconvert.quantize.weight_grids import LAYER_OPS
 
 BITWIDTHS = (4, 8)
 _STEPS = 10  # of the cumulative curve
@@ -52,7 +52,7 @@ class Workload:
         return {
             one.name: (one.op, int(one.node.meta["val"].numel()))
             for one in found
-            if one.op in ROUNDED_OPS and not one.is_bias
+            if one.op in LAYER_OPS and not one.is_bias
         }
 
     @contextmanager

@@ -4,7 +4,7 @@ The same object takes the ranges, runs as a backend of the pipeline, compares la
 turns into ONNX: nothing is quantized twice in two ways.
 """
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 
@@ -36,20 +36,28 @@ class Simulation:
         adapter: Covers the model.
         example: One set of graph inputs.
         settings: Bit-widths and symmetry.
+        parameters: Encodings of weights that `load` will get: their bit-widths and blocks count, not the settings'.
 
     Raises:
         UnsupportedModelError: The graph has ops without a quantization rule, or weights without a grid.
-        UsageError: The adapter gives a range to what is no input.
+        UsageError: The adapter gives a range to what is no input, or blocks of a layer do not divide its channels.
+        EncodingsError: Encodings do not fit a weight's shape.
     """
 
-    def __init__(self, adapter: ModelAdapter, example: Tensors, settings: QuantizerSettings) -> None:
+    def __init__(
+        self,
+        adapter: ModelAdapter,
+        example: Tensors,
+        settings: QuantizerSettings,
+        parameters: Mapping[str, Sequence[Encoding]] | None = None,
+    ) -> None:
         self.adapter = adapter
         self.settings = settings
         self.input_names = tuple(example)
         self.graph_module: GraphModule = graph.trace(adapter, example)
         output = next(node for node in self.graph_module.graph.nodes if node.op == "output")
         self.output_names = adapter.output_names(len(output.args[0]))
-        self.quantizers = aimet.insert_quantizers(self.graph_module, settings)
+        self.quantizers = aimet.insert_quantizers(self.graph_module, settings, adapter.graph_name, parameters)
         self.quantizers.fixed_ranges |= _input_ranges(adapter, self.quantizers.activations)
         self.calibrated = False
         self._floating: dict[str, nn.Parameter] = {}
@@ -60,10 +68,14 @@ class Simulation:
         """Weights that this graph has instead of the model's, by name."""
         return dict(self._rounded)
 
-    def layer_weights(self, ops: Collection[str]) -> list[tuple[str, tuple[int, ...]]]:
-        """Names and shapes of the weights that enter some ops, as `conv2d`, in execution order."""
-        sources = {name: self.quantizers.sources[name] for name, op in self.quantizers.ops.items() if op in ops}
-        return [(name, tuple(self.graph_module.get_parameter(source).shape)) for name, source in sources.items()]
+    def layer_weights(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the weights of convolutions and linear layers, by name in execution order."""
+        layers = set(self.quantizers.layers)
+        return {
+            name: tuple(self.graph_module.get_parameter(source).shape)
+            for name, source in self.quantizers.sources.items()
+            if name.rpartition(".")[0] in layers
+        }
 
     def set_weights(self, weights: Mapping[str, Tensor]) -> None:
         """Have this graph compute with other weights; the model keeps its own, and stays what figures refer to.

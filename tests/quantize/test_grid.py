@@ -17,23 +17,30 @@ from sdconvert.quantize import aimet
 from sdconvert.quantize.grid import FakeQuantBlock, WeightGrid, fake_quantized
 
 
-def aimet_quantizer(weight: Tensor, bitwidth: int, symmetric: bool, per_channel: bool) -> QuantizeDequantize:
-    shape = (weight.shape[0], *[1] * (weight.dim() - 1)) if per_channel else ()
-    quantizer = QuantizeDequantize(shape=shape, bitwidth=bitwidth, symmetric=symmetric)
+def aimet_quantizer(weight: Tensor, bitwidth: int, symmetric: bool, scales: str) -> QuantizeDequantize:
+    shape = () if scales == "tensor" else (weight.shape[0], *[1] * (weight.dim() - 1))
+    block_size = None
+    if scales == "block":
+        shape = (weight.shape[0], weight.shape[1] // 2, *shape[2:])
+        block_size = (1, 2, *weight.shape[2:])
+    quantizer = QuantizeDequantize(shape=shape, bitwidth=bitwidth, symmetric=symmetric, block_size=block_size)
     with quantizer.compute_encodings():
         quantizer(weight)
     return quantizer
 
 
-grids = st.sampled_from([(bits, True, channels) for bits in (4, 8, 16) for channels in (True, False)])
-grids |= st.sampled_from([(bits, False, False) for bits in (4, 8, 16)])
+grids = st.sampled_from([(bits, True, scales) for bits in (4, 8, 16) for scales in ("channel", "tensor")])
+grids |= st.sampled_from([(bits, False, "tensor") for bits in (4, 8, 16)])
+cases = st.tuples(grids, st.sampled_from([(6, 5), (4, 3, 3, 3), (7,)]))
+cases |= st.tuples(st.sampled_from([(4, True, "block"), (8, True, "block")]), st.sampled_from([(6, 4), (4, 8, 3, 3)]))
 
 
-@given(grids, st.sampled_from([(6, 5), (4, 3, 3, 3), (7,)]), st.integers(0, 2**31))
+@given(cases, st.integers(0, 2**31))
 @settings(deadline=None, max_examples=60)
 def test_a_weight_is_rounded_as_in_the_simulation(
-    grid: tuple[int, bool, bool], shape: tuple[int, ...], seed: int
+    case: tuple[tuple[int, bool, str], tuple[int, ...]], seed: int
 ) -> None:
+    grid, shape = case
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(shape, generator=generator)
     quantizer = aimet_quantizer(weight, *grid)
@@ -44,6 +51,8 @@ def test_a_weight_is_rounded_as_in_the_simulation(
     with torch.no_grad():  # with gradients AIMET divides by the scale, where the simulation multiplies
         for values in (weight, 2 * weight, ((weight / step).round() + 0.5) * step):
             assert torch.equal(ours.quantize(values), quantizer(values).as_subclass(Tensor))
+    nearest = ours.from_steps(ours.to_steps(weight).round())
+    torch.testing.assert_close(nearest, ours.quantize(weight), rtol=0, atol=float(step.max()) * 1.01)
 
 
 def test_the_gradient_passes_inside_the_range_and_stops_outside() -> None:
@@ -90,7 +99,7 @@ def entry(**changes: Any) -> dict[str, Any]:
     ("encodings", "message"),
     [
         ({"0.wait": [entry()]}, "1 encodings are for no parameter of Sequential, the first `0.wait`\n.*`0.weight`"),
-        ({"0.weight": [entry()] * 3}, r"3 encodings for a weight of shape \(4, 2\)\n.*1 or 4"),
+        ({"0.weight": [entry()] * 3}, r"3 encodings for a weight of shape \(4, 2\)\n.*1, 4, or as many"),
         ({"0.weight": [entry(dtype="float")]}, "no one integer grid"),
         ({"0.weight": [entry(), entry(), entry(bitwidth=4), entry()]}, "no one integer grid"),
     ],

@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from sdconvert.errors import EncodingsError
 from sdconvert.io.encodings import Encoding
 from sdconvert.quantize.grid import WeightGrid
 
@@ -38,9 +37,10 @@ class CodeGrid:
         """
         grid = WeightGrid.from_encodings(entries, shape)
         lowest = (grid.bounds[0] - grid.zero_point).float()
-        scale, lowest = (values.reshape(-1, 1).expand(shape[0], 1) for values in (grid.scale, lowest))
+        columns = max(1, len(grid.scale) // shape[0])
+        scale, lowest = (values.reshape(-1, columns).expand(shape[0], columns) for values in (grid.scale, lowest))
         bitwidth = entries[0]["bitwidth"]
-        return cls(scale, lowest, bitwidth, entries[0].get("is_symmetric") == "True", len(entries) == 1)
+        return cls(scale, lowest[:, :1], bitwidth, entries[0].get("is_symmetric") == "True", len(entries) == 1)
 
     @classmethod
     def symmetric_blocks(cls, scale: Tensor, bitwidth: int) -> "CodeGrid":
@@ -88,18 +88,11 @@ class CodeGrid:
         return WeightGrid(self.scale.reshape(-1), (low - lowest).to(torch.int32), bounds)
 
     def encodings(self) -> list[Encoding]:
-        """The grid in AIMET's form 0.6.1.
-
-        Raises:
-            EncodingsError: It has more than one block of columns, for which that form has no place.
-        """
-        if self.scale.shape[1] > 1:
-            raise EncodingsError(
-                f"form 0.6.1 has one scale per output channel, the grid has {self.scale.shape[1]} per channel",
-                hint="write codes and scales, or quantize per channel",
-            )
-        count = 1 if self.per_tensor else len(self.scale)
-        pairs = zip(self.scale[:count, 0].tolist(), self.lowest[:count, 0].tolist(), strict=True)
+        """The grid in AIMET's form 0.6.1; blocks of columns follow one another, row after row."""
+        rows, blocks = self.scale.shape
+        lowest = self.lowest.expand(rows, blocks)
+        count = 1 if self.per_tensor else rows * blocks
+        pairs = zip(self.scale.reshape(-1)[:count].tolist(), lowest.reshape(-1)[:count].tolist(), strict=True)
         return [
             {
                 "bitwidth": self.bitwidth,

@@ -104,9 +104,5 @@ class Commits:
 
 
 def parameter_encodings(groups: Sequence[CommittedGroup]) -> dict[str, list[Encoding]]:
-    """Encodings of all rounded weights, in AIMET's form 0.6.1.
-
-    Raises:
-        EncodingsError: A grid has blocks, for which that form has no place.
-    """
+    """Encodings of all rounded weights, in AIMET's form 0.6.1."""
     return {name: grid.encodings() for group in groups for name, grid in group.grids.items()}

@@ -105,11 +105,7 @@ class AdaRoundResult:
                 yield name, group.weight(name)
 
     def encodings(self) -> dict[str, list[Encoding]]:
-        """As AIMET's `set_and_freeze_param_encodings` takes them.
-
-        Raises:
-            EncodingsError: A grid has blocks.
-        """
+        """As AIMET's `set_and_freeze_param_encodings` takes them."""
         return parameter_encodings(self.groups)
 
 

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from sdconvert.config import Recipe
+from sdconvert.config import LayerPrecision, Recipe
 from sdconvert.errors import UsageError
 from sdconvert.soc import find_soc
 
@@ -19,6 +19,7 @@ class Grid(BaseModel):
     bitwidth: Literal[4, 8, 16]
     symmetric: bool
     per_channel: bool = False
+    block_size: int | None = Field(default=None, description="Input channels that share a scale; all if not given.")
 
 
 class QuantizerSettings(BaseModel):
@@ -39,6 +40,9 @@ class QuantizerSettings(BaseModel):
         "and keeps inputs that go further from being clipped (38 -> 30 dB on one output of a ControlNet).",
     )
     ranges: dict[str, tuple[float, float]] = Field(description="Fixed output ranges by op.")
+    layers: dict[str, LayerPrecision] = Field(
+        default={}, description="Weights with a precision of their own, by pattern; the last one that fits counts."
+    )
 
     def with_bitwidths(self, *, weight: int, activation: int, per_channel: bool) -> "QuantizerSettings":
         """The same settings with the recipe's bit-widths; norms, and what MatMul demands, stay.
@@ -89,4 +93,4 @@ def quantizer_settings(recipe: Recipe) -> QuantizerSettings:
     quantize = recipe.quantize
     return settings.with_bitwidths(
         weight=quantize.weight_bitwidth, activation=quantize.activation_bitwidth, per_channel=quantize.per_channel
-    )
+    ).model_copy(update={"layers": quantize.layers})
