@@ -11,10 +11,19 @@ from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
 import yaml
-from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ByteSize,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import ErrorDetails
 
-from sdconvert.errors import RecipeError
+from sdconvert.errors import RecipeError, UsageError
 from sdconvert.models.rewrite_names import REWRITES, RewriteName
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -192,6 +201,14 @@ class GatesSection(_Section):
     """PSNR in dB (data range 1) of the quantized model's final picture against the fp32 one."""
 
 
+class ReportSection(_Section):
+    """What the report tells beside what the stages found."""
+
+    sensitivity: str | None = None
+    """A file of `sdconvert quantize sensitivity`: the report then shows size against quality. `quantize recipe` writes
+    it here."""
+
+
 class Recipe(_Section):
     """One conversion, from checkpoint to bundle."""
 
@@ -207,6 +224,7 @@ class Recipe(_Section):
     export: ExportSection = ExportSection()
     qnn: QnnSection = QnnSection()
     gates: GatesSection = GatesSection()
+    report: ReportSection = ReportSection()
 
 
 def load_recipe(path_or_name: str | Path, overrides: list[str] | None = None) -> Recipe:
@@ -233,6 +251,18 @@ def load_recipe(path_or_name: str | Path, overrides: list[str] | None = None) ->
 def dump_recipe(recipe: Recipe) -> str:
     """Return the recipe with every default filled in, as YAML that `load_recipe` reads."""
     return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
+
+
+def parse_size(text: str, option: str) -> int:
+    """Read an amount of bytes such as `300MiB`.
+
+    Raises:
+        UsageError: It is none; the message names the option.
+    """
+    try:
+        return int(TypeAdapter(ByteSize).validate_python(text))
+    except ValidationError as error:
+        raise UsageError(f"{option} {text} is no amount of bytes", hint="write 4GiB, 300MiB or a number") from error
 
 
 def did_you_mean(wrong: str, known: list[str]) -> str:
@@ -289,7 +319,9 @@ def _override(content: dict[str, Any], origins: dict[str, str], override: str) -
     if not equals or not key:
         raise RecipeError(f"`--set {override}` is no assignment", hint="write --set section.key=value")
     for section in sections:
-        content = content.setdefault(section, {})
+        if content.get(section) in (None, True):  # a section that is optional, or on with all defaults
+            content[section] = {}
+        content = content[section]
         if not isinstance(content, dict):
             raise RecipeError(f"`--set {override}`: `{section}` is no section", hint="see `sdconvert config show`")
     try:

@@ -5,8 +5,11 @@ from pathlib import Path
 
 from torch import Tensor
 
+from sdconvert.calibration.crops import TILE
 from sdconvert.calibration.store import ActivationStore
 from sdconvert.io.tensors import load_tensors
+
+__all__ = ["TILE", "CalibrationArtifact"]
 
 
 @dataclass(frozen=True)
@@ -24,9 +27,10 @@ class CalibrationArtifact:
         store = ActivationStore(self.folder / "calibration" / graph)
         return store if count is None else store.spread(count)
 
-    def evaluation(self, graph: str) -> ActivationStore:
-        """Inputs of a graph from the held-out photographs, one latent tile each."""
-        return ActivationStore(self.folder / "evaluation" / graph)
+    def evaluation(self, graph: str, count: int | None = None) -> ActivationStore:
+        """Inputs of a graph from the held-out photographs, one latent tile each; all, or `count` of them as above."""
+        store = ActivationStore(self.folder / "evaluation" / graph)
+        return store if count is None else store.spread(count)
 
     def pictures(self) -> dict[str, dict[str, Tensor]]:
         """Of every held-out crop by name: `original`, `low_resolution`, `bicubic`, `fp32`, each (3, H, W) in [0, 1].

@@ -12,7 +12,7 @@ import typer
 from typer.main import get_command
 
 from sdconvert import __version__
-from sdconvert.cli import adapters, config, encodings, pipeline, plugins
+from sdconvert.cli import adapters, config, encodings, pipeline, plugins, quantize
 from sdconvert.cli.convert import STAGE_COMMANDS, convert, stage_command
 from sdconvert.cli.doctor import doctor
 from sdconvert.cli.inspect import inspect
@@ -32,7 +32,10 @@ app = typer.Typer(
 )
 app.command()(convert)
 for _name, (_to, _summary) in STAGE_COMMANDS.items():
-    app.command(_name, help=_summary)(stage_command(_to))
+    if _name == "quantize":
+        app.add_typer(quantize.app, name=_name)
+    else:
+        app.command(_name, help=_summary)(stage_command(_to))
 app.command()(mha2sha)
 app.command()(inspect)
 app.add_typer(adapters.app, name="adapters")

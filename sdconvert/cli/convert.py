@@ -4,12 +4,17 @@ import json
 import shlex
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from sdconvert.cli.session import Session, Table
 from sdconvert.errors import QualityGateError
+
+if TYPE_CHECKING:
+    from sdconvert.artifacts import RunFolder
+    from sdconvert.config import Recipe
+    from sdconvert.stages import StageOutcome
 
 RecipeArgument = Annotated[str, typer.Argument(help="A YAML file, or the name of a recipe that ships with sdconvert.")]
 SetOption = Annotated[
@@ -20,7 +25,12 @@ SocOption = Annotated[list[str] | None, typer.Option(metavar="NAME", help="Targe
 BuildOption = Annotated[Path, typer.Option(help="Folder of all runs.")]
 FromOption = Annotated[str | None, typer.Option("--from", metavar="STAGE", help="First stage to bring up to date.")]
 ToOption = Annotated[str | None, typer.Option("--to", metavar="STAGE", help="Last stage to bring up to date.")]
+MemoryOption = Annotated[
+    str | None,
+    typer.Option(metavar="SIZE", help="Weights in calibration, and what AdaRound works on, take no more: `4GiB`."),
+]
 
+_MEMORY_KEYS = ("calibration.memory_limit", "quantize.adaround.memory_limit")
 STAGE_COMMANDS = {
     "calibrate": ("calibration", "Run up to calibration."),
     "quantize": ("quantize", "Run up to the quantized model and its encodings."),
@@ -39,6 +49,7 @@ def convert(
     to: ToOption = None,
     fresh: FreshOption = False,
     soc: SocOption = None,
+    max_memory: MemoryOption = None,
     build: BuildOption = Path("build"),
 ) -> None:
     """Convert a checkpoint into a bundle.
@@ -46,7 +57,7 @@ def convert(
     Every stage of the road is brought up to date: it is reused where nothing changed that it depends on, and redone
     otherwise.
     """
-    _walk(ctx.obj, recipe, set_, soc, build, from_=from_, to=to, fresh=fresh)
+    _walk(ctx.obj, recipe, set_, soc, build, from_=from_, to=to, fresh=fresh, max_memory=max_memory)
 
 
 def stage_command(to: str) -> Callable[..., None]:
@@ -65,6 +76,38 @@ def stage_command(to: str) -> Callable[..., None]:
     return command
 
 
+def bring_up_to_date(
+    session: Session,
+    recipe_name: str,
+    changes: list[str] | None,
+    build: Path,
+    *,
+    from_: str | None = None,
+    to: str | None = None,
+    fresh: bool = False,
+) -> "tuple[Recipe, RunFolder, list[StageOutcome]]":
+    """Walk the road with a recipe, up to the stage `to` or to its end."""
+    from sdconvert.artifacts import RunFolder
+    from sdconvert.cli.progress import open_progress
+    from sdconvert.cli.road import load_road
+    from sdconvert.config import load_recipe
+    from sdconvert.stages import run_stages
+
+    recipe = load_recipe(recipe_name, changes)
+    run = RunFolder(build / recipe.name)
+    with open_progress(session.progress) as progress:
+        stages = load_road(_length(to))
+        outcomes = run_stages(recipe, run, stages, from_=from_, to=to, fresh=fresh, progress=progress)
+    return recipe, run, outcomes
+
+
+def _length(to: str | None) -> int:
+    from sdconvert.cli.road import ROAD
+    from sdconvert.stages import find_stage
+
+    return find_stage(to, list(ROAD)) + 1 if to else len(ROAD)
+
+
 def _walk(
     session: Session,
     recipe_name: str,
@@ -75,20 +118,19 @@ def _walk(
     from_: str | None,
     to: str | None,
     fresh: bool,
+    max_memory: str | None = None,
 ) -> None:
     from sdconvert.android.artifact import BUNDLE
-    from sdconvert.artifacts import RunFolder
-    from sdconvert.cli.progress import open_progress
-    from sdconvert.cli.road import ROAD, load_road
-    from sdconvert.config import load_recipe
-    from sdconvert.stages import find_stage, run_stages
+    from sdconvert.cli.road import ROAD
 
     changes = [*(overrides or []), *([f"qnn.socs={json.dumps(socs)}"] if socs else [])]
-    recipe = load_recipe(recipe_name, changes)
-    length = find_stage(to, list(ROAD)) + 1 if to else len(ROAD)
-    run = RunFolder(build / recipe.name)
-    with open_progress(session.progress) as progress:
-        outcomes = run_stages(recipe, run, load_road(length), from_=from_, to=to, fresh=fresh, progress=progress)
+    if max_memory is not None:
+        from sdconvert.config import load_recipe
+
+        rounds = load_recipe(recipe_name, changes).quantize.adaround is not None
+        changes += [f"{key}={max_memory}" for key in (_MEMORY_KEYS if rounds else _MEMORY_KEYS[:1])]
+    recipe, run, outcomes = bring_up_to_date(session, recipe_name, changes, build, from_=from_, to=to, fresh=fresh)
+    length = _length(to)
     report = run.stage_folder("80-report") / "report.html"
     if length < len(ROAD):
         again = [part for change in changes for part in ("--set", change)]

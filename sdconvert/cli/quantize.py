@@ -1,16 +1,20 @@
 """`sdconvert quantize`: the stage; what layers lose when they get fewer bits; and a recipe of mixed bit-widths."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
-from sdconvert.cli.convert import STAGE_COMMANDS, BuildOption, RecipeArgument, SetOption, bring_up_to_date, stage_command
+from sdconvert.cli.convert import (
+    STAGE_COMMANDS,
+    BuildOption,
+    RecipeArgument,
+    SetOption,
+    bring_up_to_date,
+    stage_command,
+)
 from sdconvert.cli.session import Session, Table
-
-if TYPE_CHECKING:
-    from typer import Context
 
 SENSITIVITY = "sensitivity.json"
 _STAGE = "stage"
@@ -20,14 +24,16 @@ _WORST = 10
 class _StageFirst(TyperGroup):
     """`quantize RECIPE` and `quantize --fresh` are the stage; only the names of the other commands are commands."""
 
-    def parse_args(self, ctx: "Context", args: list[str]) -> list[str]:
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Put the stage's name before what names no command."""
         known = {*self.commands, *ctx.help_option_names}
         return super().parse_args(ctx, args if args and args[0] in known else [_STAGE, *args])
 
 
 app = typer.Typer(cls=_StageFirst, help=STAGE_COMMANDS["quantize"][1])
-app.command(_STAGE, help="Run up to the quantized model; `quantize RECIPE` is short for this.")(stage_command("quantize"))
+app.command(_STAGE, help="Run up to the quantized model; `quantize RECIPE` is short for this.")(
+    stage_command("quantize")
+)
 
 
 @app.command()
@@ -52,7 +58,7 @@ def sensitivity(
     from sdconvert.quantize.sensitivity import measure_run
 
     session: Session = ctx.obj
-    loaded, run, _ = bring_up_to_date(session, recipe, set_, None, build, to="calibration")
+    loaded, run, _ = bring_up_to_date(session, recipe, set_, build, to="calibration")
     path = run.root / SENSITIVITY
     with open_progress(session.progress) as progress:
         graphs = measure_run(
@@ -68,7 +74,7 @@ def mixed_recipe(
     set_: SetOption = None,
     target_bits: Annotated[float | None, typer.Option(metavar="N", help="Bits per weight, on average.")] = None,
     target_size: Annotated[str | None, typer.Option(metavar="SIZE", help="Of all weights, as `300MiB`.")] = None,
-    target_sqnr: Annotated[float | None, typer.Option(metavar="DB", help="Predicted SQNR of the final picture.")] = None,
+    target_sqnr: Annotated[float | None, typer.Option(metavar="DB", help="Predicted SQNR of the picture.")] = None,
     out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="Recipe to write.")] = Path("mixed.yaml"),
     build: BuildOption = Path("build"),
 ) -> None:
@@ -79,8 +85,7 @@ def mixed_recipe(
     """
     from sdconvert.artifacts import RunFolder, write_text_atomic
     from sdconvert.config import dump_recipe, load_recipe, parse_size
-    from sdconvert.quantize.mixed_precision import choose, frontier, with_choice
-    from sdconvert.quantize.sensitivity import read_sensitivity
+    from sdconvert.quantize.mixed_precision import choose, frontier, read_sensitivity, with_choice
 
     loaded = load_recipe(recipe, set_)
     path = RunFolder(build / loaded.name).root / SENSITIVITY

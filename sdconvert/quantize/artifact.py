@@ -11,10 +11,19 @@ from sdconvert.artifacts import read_json
 from sdconvert.io.encodings import read_encodings, write_encodings
 from sdconvert.io.tensors import load_tensors
 from sdconvert.quantize.files import from_sections, to_sections
+from sdconvert.quantize.mixed_precision import Choice, frontier, read_sensitivity
 from sdconvert.quantize.settings import QuantizerSettings
 from sdconvert.quantize.simulation import Simulation
 
-__all__ = ["QuantizeArtifact", "QuantizerSettings", "Simulation", "load_simulation", "save_simulation"]
+__all__ = [
+    "Choice",
+    "QuantizeArtifact",
+    "QuantizerSettings",
+    "Simulation",
+    "load_simulation",
+    "save_simulation",
+    "size_against_quality",
+]
 
 ADAROUND = "adaround.json"
 
@@ -48,15 +57,24 @@ class QuantizeArtifact:
         content: dict[str, Any] = read_json(path) if path.is_file() else {}
         return content
 
-    def pictures(self) -> dict[str, Tensor]:
-        """Every held-out crop by name as the quantized model draws it: (3, H, W) in [0, 1]."""
-        files = sorted((self.folder / "pictures").glob("*.safetensors"))
-        return {path.stem: load_tensors(path)["quantized"] for path in files}
+    def pictures(self) -> dict[str, dict[str, Tensor]]:
+        """Every held-out crop by name, (3, H, W) in [0, 1]: `quantized`, and before AdaRound `nearest`."""
+        return {path.stem: load_tensors(path) for path in sorted((self.folder / "pictures").glob("*.safetensors"))}
 
     def simulation(self, graph: str, adapter: ModelAdapter, example: Tensors) -> Simulation:
         """Build the quantized MHA graph of a model, which gets the stage's weights, with the stage's ranges."""
         self.load_weights(graph, adapter)
         return load_simulation(self.graph_folder(graph) / f"{graph}.encodings", adapter, example, self.settings())
+
+
+def size_against_quality(sensitivity: Path) -> list[Choice]:
+    """Every choice of bit-widths that figures of `sdconvert quantize sensitivity` allow, from the largest model on.
+
+    Raises:
+        PreconditionError: There are no figures.
+        UsageError: They are of one bit-width only.
+    """
+    return frontier(read_sensitivity(sensitivity))
 
 
 def load_simulation(

@@ -9,9 +9,12 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from sdconvert.errors import UsageError
+from sdconvert.artifacts import read_json
+from sdconvert.config import LayerPrecision, Recipe
+from sdconvert.errors import PreconditionError, UsageError
 
 Key = tuple[str, str]
 """Graph and weight."""
@@ -33,6 +36,21 @@ class Choice:
     bits_per_weight: float
     weight_bytes: int
     predicted_db: float
+
+
+def read_sensitivity(path: Path) -> dict[str, Any]:
+    """The graphs of a file that `Sensitivity` wrote.
+
+    Raises:
+        PreconditionError: There is no such file, or it has no figures.
+    """
+    content = read_json(path) if path.is_file() else {}
+    graphs: dict[str, Any] = content.get("graphs", {})
+    if not graphs:
+        raise PreconditionError(
+            f"`{path}` holds no sensitivity figures", hint="measure them with `sdconvert quantize sensitivity`"
+        )
+    return graphs
 
 
 def frontier(graphs: Mapping[str, Any]) -> list[Choice]:
@@ -103,18 +121,27 @@ def choose(
     return best
 
 
-def recipe_layers(choice: Choice, default: int) -> dict[str, dict[str, int]]:
-    """The choice as `quantize.layers` of a recipe, in as many entries as there are layers of other bits.
+def with_choice(recipe: Recipe, choice: Choice, name: str, sensitivity: Path) -> Recipe:
+    """A recipe with a choice of bit-widths, which takes the place of the layers' precisions that it had.
 
     Args:
-        choice: Of bit-widths.
-        default: `quantize.weight_bitwidth`.
+        recipe: Gives everything else.
+        choice: Of bit-widths; those that are not the recipe's own are written down layer by layer.
+        name: Of the new recipe, and so of its run folder.
+        sensitivity: The figures that the choice rests on, for the report.
     """
-    return {
-        f"{graph}:{weight.rpartition('.')[0]}": {"weight_bitwidth": bits}
+    layers = {
+        f"{graph}:{weight.rpartition('.')[0]}": LayerPrecision.model_validate({"weight_bitwidth": bits})
         for (graph, weight), bits in choice.bits.items()
-        if bits != default
+        if bits != recipe.quantize.weight_bitwidth
     }
+    return recipe.model_copy(
+        update={
+            "name": name,
+            "quantize": recipe.quantize.model_copy(update={"layers": layers}),
+            "report": recipe.report.model_copy(update={"sensitivity": str(sensitivity)}),
+        }
+    )
 
 
 def _choice(bits: Mapping[Key, int], counts: Mapping[Key, int], noise: Mapping[Key, Mapping[int, float]]) -> Choice:

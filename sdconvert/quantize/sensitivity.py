@@ -4,23 +4,28 @@ Everything else stays in fp32, so that a figure is one layer's alone. Noises of 
 unrelated), which is what `mixed_precision.py` builds on; the cumulative figures show how nearly.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from torch import Tensor
 
 from sdconvert.adapters import ModelAdapter, Tensors
-from sdconvert.artifacts import read_json, write_json_atomic
-from sdconvert.errors import PreconditionError, UsageError
+from sdconvert.artifacts import RunFolder, read_json, write_json_atomic
+from sdconvert.calibration.artifact import TILE, CalibrationArtifact
+from sdconvert.checkpoint.artifact import CheckpointArtifact
+from sdconvert.config import Recipe, did_you_mean
+from sdconvert.errors import UsageError
 from sdconvert.io.encodings import Encoding
 from sdconvert.metrics import sqnr_db, worst_sqnr_db
+from sdconvert.pipelines.backend import graph_adapters
+from sdconvert.pipelines.sampling import sampling_arguments
 from sdconvert.quantize import graph
 from sdconvert.quantize.aimet import weight_encodings
 from sdconvert.quantize.grid import fake_quantized
-from sdconvert.quantize.settings import QuantizerSettings
+from sdconvert.quantize.settings import Grid, QuantizerSettings, quantizer_settings
 from sdconvert.quantize.weight_grids import LAYER_OPS
 
 BITWIDTHS = (4, 8)
@@ -129,19 +134,61 @@ class Sensitivity:
         write_json_atomic(self.content, self.path)
 
 
-def read_sensitivity(path: Path) -> dict[str, Any]:
-    """The graphs of a file that `Sensitivity` wrote.
+def measure_run(
+    run: RunFolder,
+    recipe: Recipe,
+    path: Path,
+    bitwidths: Sequence[int],
+    graphs: Collection[str],
+    *,
+    samples: int,
+    picture: bool,
+    report: Report,
+) -> dict[str, Any]:
+    """Measure the graphs of a run whose calibration has finished.
+
+    Args:
+        run: Holds `10-checkpoint` and `20-calibration`.
+        recipe: Of the run.
+        path: Of the file of figures.
+        bitwidths: Of weights; none: `BITWIDTHS`.
+        graphs: Of these; none: of all.
+        samples: Held-out inputs per graph.
+        picture: Draw the first held-out tile for every layer, too.
+        report: Is told of every layer.
+
+    Returns:
+        Figures by graph.
 
     Raises:
-        PreconditionError: There is no such file, or it has no figures.
+        UsageError: No graph or grid is called so, or there are not as many samples.
     """
-    content = read_json(path) if path.is_file() else {}
-    graphs: dict[str, Any] = content.get("graphs", {})
-    if not graphs:
-        raise PreconditionError(
-            f"`{path}` holds no sensitivity figures", hint="measure them with `sdconvert quantize sensitivity`"
-        )
-    return graphs
+    chosen = sorted(set(bitwidths or BITWIDTHS))
+    if odd := [bits for bits in chosen if bits not in get_args(Grid.model_fields["bitwidth"].annotation)]:
+        raise UsageError(f"weights of {odd[0]} bits are not to be had", hint="--bits 4, --bits 8 or --bits 16")
+    pipe = CheckpointArtifact(run.stage_folder("10-checkpoint")).pipeline()
+    data = CalibrationArtifact(run.stage_folder("20-calibration"))
+    adapters = graph_adapters(pipe, recipe.pipeline.conditioning_scale)
+    if unknown := sorted(set(graphs) - adapters.keys()):
+        raise UsageError(f"no graph is called `{unknown[0]}`", hint=did_you_mean(unknown[0], list(adapters)))
+    tile = next(name for name in data.pictures() if name.endswith(TILE))
+    low = data.pictures()[tile]["low_resolution"]
+
+    def draw() -> Tensor:
+        drawn: Tensor = pipe(low, **sampling_arguments(recipe))
+        return drawn
+
+    manifest = run.manifest("20-calibration")
+    settings = quantizer_settings(recipe)
+    grids = {op: grid.model_dump() for op, grid in settings.parameters.items() if op in LAYER_OPS}
+    identity = f"{manifest.fingerprint if manifest else ''} {samples} {tile} {grids}"
+    sensitivity = Sensitivity(path, identity)
+    for name, adapter in adapters.items():
+        if not graphs or name in graphs:
+            held_out = list(data.evaluation(name, samples))
+            sensitivity.measure(Workload(adapter, held_out, settings, draw if picture else None), chosen, report)
+    found: dict[str, Any] = sensitivity.content["graphs"]
+    return found
 
 
 @dataclass(frozen=True)

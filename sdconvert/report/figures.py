@@ -15,7 +15,7 @@ from sdconvert.errors import PreconditionError
 from sdconvert.export.artifact import ExportArtifact
 from sdconvert.mha2sha.artifact import GRAPHS, Mha2ShaArtifact
 from sdconvert.qnn.artifact import QnnArtifact
-from sdconvert.quantize.artifact import QuantizeArtifact
+from sdconvert.quantize.artifact import QuantizeArtifact, size_against_quality
 from sdconvert.report.pictures import measure_pictures
 
 
@@ -57,6 +57,8 @@ def collect_figures(
         "pictures": measured,
         "accuracy": accuracy,
         "layers": {graph: quantized.layer_sqnr_db(graph) for graph in graphs},
+        "rounding": _rounding(graphs, manifests["30-quantize"].metrics, quantized),
+        "size_quality": _size_quality(recipe),
         "head_ranges": _head_ranges(Mha2ShaArtifact(run.stage_folder("40-mha2sha"))),
         "contexts": _contexts(qnn),
         "sizes": {graph: _sizes(graph, manifests) for graph in graphs},
@@ -129,6 +131,44 @@ def _gates(
         }
         for gate, found in values.items()
     ]
+
+
+def _rounding(graphs: Iterable[str], metrics: Mapping[str, Any], quantized: QuantizeArtifact) -> dict[str, Any]:
+    """Per graph what AdaRound gained, in dB of the worst output on the worst held-out input; empty without AdaRound."""
+    found = {}
+    for graph in graphs:
+        if content := quantized.adaround(graph):
+            layers = content["layers"]
+            gains = {name: layer["sqnr_db"] - layer["nearest_sqnr_db"] for name, layer in layers.items()}
+            found[graph] = {
+                "nearest_db": metrics[f"{graph}_nearest_vs_fp32_db"],
+                "adaround_db": metrics[f"{graph}_simulation_vs_fp32_db"],
+                "layers": len(layers),
+                "worse_than_nearest": sum(layer["loss"] > layer["nearest_loss"] for layer in layers.values()),
+                "median_gain_db": sorted(gains.values())[len(gains) // 2],
+                "forwards": content["forwards"],
+                "predicted_peak_bytes": content["predicted_peak_bytes"],
+            }
+    return found
+
+
+def _size_quality(recipe: Recipe) -> dict[str, Any]:
+    """Predicted dB over bits per weight of all choices, and which of them has the recipe's bits."""
+    if recipe.report.sensitivity is None:
+        return {}
+    choices = size_against_quality(Path(recipe.report.sensitivity))
+    quantize = recipe.quantize
+    own = {
+        (graph, f"{layer}.weight"): given.weight_bitwidth
+        for key, given in quantize.layers.items()
+        for graph, _, layer in [key.partition(":")]
+    }
+    bits = {key: own.get(key, quantize.weight_bitwidth) for key in choices[0].bits}
+    chosen = next((choice for choice in choices if dict(choice.bits) == bits), None)
+    return {
+        "points": [(choice.bits_per_weight, choice.predicted_db) for choice in choices],
+        "chosen": (chosen.bits_per_weight, chosen.predicted_db) if chosen else None,
+    }
 
 
 def _head_ranges(rewritten: Mha2ShaArtifact) -> dict[str, dict[str, dict[str, float]]]:

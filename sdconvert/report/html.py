@@ -13,7 +13,7 @@ from markupsafe import Markup
 from sdconvert.artifacts import to_json
 from sdconvert.report.figures import worst_layers
 from sdconvert.report.pictures import LABELS
-from sdconvert.report.plot import plot_layers
+from sdconvert.report.plot import plot_layers, plot_sizes
 
 _WORST = 10
 _FORMATS = {"dB": "{:.1f} dB", "s": "{:,.1f} s", "ssim": "{:.3f}"}
@@ -39,8 +39,10 @@ def render_html(figures: Mapping[str, Any], pictures: Mapping[str, Mapping[str, 
         graph: Markup(plot_layers(graph, layers, {name for _, name, _ in worst[graph]}))
         for graph, layers in figures["layers"].items()
     }
+    sizes = figures["size_quality"]
+    size_plot = Markup(plot_sizes(sizes["points"], sizes["chosen"])) if sizes else None
     template = environment.get_template("report.html.j2")
-    return template.render(figures, images=pictures, labels=LABELS, worst=worst, plots=plots)
+    return template.render(figures, images=pictures, labels=LABELS, worst=worst, plots=plots, size_plot=size_plot)
 
 
 def show_number(value: float | None, unit: str = "") -> Markup:

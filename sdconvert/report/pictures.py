@@ -1,6 +1,7 @@
 """The pictures of a run: collected from the stages that made them, measured, and laid out side by side."""
 
 from collections.abc import Mapping, Sequence
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ LABELS = {
     "low_resolution": "low resolution",
     "bicubic": "bicubic",
     "fp32": "fp32",
+    "nearest": "rounded to nearest",
     "quantized": "quantized",
     "simulator": "HTP simulator",
     "original": "original",
@@ -27,6 +29,7 @@ LABELS = {
 TILE = "-tile"
 """Ends the names of the crops that are one tile large, which the simulator draws too."""
 
+_Picture = TypeVar("_Picture")
 _GAP, _LINE, _FONT = 8, 24, 15  # pixels
 
 
@@ -46,7 +49,7 @@ def collect_pictures(run: RunFolder) -> dict[str, dict[str, Tensor]]:
     simulated = QnnArtifact(run.stage_folder("60-qnn")).pictures()
     found: dict[str, dict[str, Tensor]] = {}
     for name, pictures in crops.items():
-        every = pictures | {"quantized": _drawn(quantized, name, "30-quantize")}
+        every = pictures | _drawn(quantized, name, "30-quantize")
         if name.endswith(TILE):
             every["simulator"] = _drawn(simulated, name, "60-qnn")
         every["low_resolution"] = _enlarge(every["low_resolution"], every["original"].shape[-2:])
@@ -65,7 +68,7 @@ def measure_pictures(pictures: Mapping[str, Tensor]) -> dict[str, dict[str, floa
         for variant, picture in pictures.items()
         if variant != "original"
     }
-    for variant in figures.keys() & {"quantized", "simulator"}:
+    for variant in figures.keys() & {"nearest", "quantized", "simulator"}:
         figures[variant]["psnr_vs_fp32_db"] = psnr_db(pictures["fp32"], pictures[variant], data_range=1.0)
     return figures
 
@@ -95,7 +98,7 @@ def compose_strip(rows: Sequence[Mapping[str, Tensor]], *, scale: int) -> Tensor
     return torch.from_numpy(np.array(canvas)).permute(2, 0, 1).float() / 255
 
 
-def _drawn(pictures: Mapping[str, Tensor], name: str, stage: str) -> Tensor:
+def _drawn(pictures: Mapping[str, _Picture], name: str, stage: str) -> _Picture:
     if name not in pictures:
         found = ", ".join(pictures) or "none"
         raise PreconditionError(

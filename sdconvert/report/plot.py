@@ -3,7 +3,7 @@
 import io
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 
 import matplotlib
@@ -47,6 +47,31 @@ def plot_layers(graph: str, layers: Mapping[str, float], worst: set[str]) -> str
     axes.grid(axis="y", color=_COLOURS["muted"], alpha=0.25, linewidth=0.6)
     axes.spines[:].set_visible(False)
     return _to_svg(figure, graph)
+
+
+def plot_sizes(points: Sequence[tuple[float, float]], chosen: tuple[float, float] | None) -> str:
+    """Plot predicted SQNR in dB over bits per weight.
+
+    Args:
+        points: Bits and dB of every choice of bit-widths.
+        chosen: That of the recipe, to be marked.
+
+    Returns:
+        An `<svg>` element, as `plot_layers`.
+    """
+    figure = Figure(figsize=(12, 3.2), layout="constrained")
+    figure.patch.set_visible(False)
+    axes = figure.subplots()
+    axes.patch.set_visible(False)
+    axes.plot(*zip(*points, strict=True), color=_COLOURS["dot"], linewidth=1.5)
+    if chosen:
+        axes.scatter([chosen[0]], [chosen[1]], s=40, linewidths=0, color=_COLOURS["bad"])
+    axes.set_xlabel("bits per weight", color=_COLOURS["muted"])
+    axes.set_ylabel("predicted SQNR of the picture (dB)", color=_COLOURS["muted"])
+    axes.tick_params(colors=_COLOURS["muted"])
+    axes.grid(color=_COLOURS["muted"], alpha=0.25, linewidth=0.6)
+    axes.spines[:].set_visible(False)
+    return _to_svg(figure, "sizes")
 
 
 def _shade_blocks(axes: Axes, names: list[str]) -> None:

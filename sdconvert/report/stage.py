@@ -27,11 +27,16 @@ class ReportStage:
 
     def settings(self, recipe: Recipe) -> dict[str, Any]:
         """See `Stage.settings`."""
-        return {"name": recipe.name, "gates": recipe.gates.model_dump(mode="json")}
+        return {
+            "name": recipe.name,
+            "gates": recipe.gates.model_dump(mode="json"),
+            "report": recipe.report.model_dump(mode="json"),
+        }
 
     def inputs(self, recipe: Recipe) -> dict[str, Path]:
         """See `Stage.inputs`."""
-        return {"licences of the photographs": _licences()}
+        measured = recipe.report.sensitivity
+        return {"licences of the photographs": _licences()} | ({"sensitivity": Path(measured)} if measured else {})
 
     def run(self, context: StageContext) -> dict[str, Any]:
         """See `Stage.run`."""
