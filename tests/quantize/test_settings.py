@@ -61,8 +61,3 @@ def test_recipe_sets_the_bit_widths_and_nothing_else() -> None:
     assert changed.model_dump(exclude=rest) == plain.model_dump(exclude=rest)
     for op in ("group_norm", "layer_norm"):
         assert changed.parameters[op] == plain.parameters[op] == Grid(bitwidth=16, symmetric=False)
-
-
-def test_adaround_is_refused_while_it_has_no_effect() -> None:
-    with pytest.raises(UsageError, match="adaround: true is not available"):
-        quantizer_settings(recipe(["SM8650"], adaround=True))
