@@ -162,31 +162,42 @@ class GramMoments(QuadraticMoments):
     """G in memory, and of the difference of the paths whichever is smaller: R itself, or E[(x - x') x'^T].
 
     Args:
-        group: The layers.
-        source: Of their input.
-        chunk: Rows that are looked at together.
+        gram: G.
+        cross: R, or E[(x - x') x'^T].
+        energy: E |W (x - x')|^2 by output channel with R; else E[(x - x') (x - x')^T].
+        count: Rows of the data.
     """
 
-    def __init__(self, group: LayerGroup, source: Source, chunk: int = 1024) -> None:
-        columns, self.projected = group.columns, group.out_channels <= group.columns
-        self.gram = torch.zeros(columns, columns)
-        self.cross = torch.zeros(group.out_channels if self.projected else columns, columns)
-        self.energy = torch.zeros(group.out_channels) if self.projected else torch.zeros(columns, columns)
-        self.count = 0
-        for rows, difference in group.rows(source, chunk, project_difference=self.projected):
-            self.count += len(rows)
-            self.gram.addmm_(rows.T, rows)
+    def __init__(self, gram: Tensor, cross: Tensor, energy: Tensor, count: int) -> None:
+        self.gram, self.cross, self.energy, self.count = gram, cross, energy, count
+        self.projected = energy.dim() == 1
+        self.diagonal = gram.diagonal().clone()
+
+    @classmethod
+    def of(cls, group: LayerGroup, source: Source, chunk: int = 1024) -> "GramMoments":
+        """Measure.
+
+        Args:
+            group: The layers.
+            source: Of their input.
+            chunk: Rows that are looked at together.
+        """
+        columns, projected = group.columns, group.out_channels <= group.columns
+        gram = torch.zeros(columns, columns)
+        cross = torch.zeros(group.out_channels if projected else columns, columns)
+        energy = torch.zeros(group.out_channels) if projected else torch.zeros(columns, columns)
+        count = 0
+        for rows, difference in group.rows(source, chunk, project_difference=projected):
+            count += len(rows)
+            gram.addmm_(rows.T, rows)
             if difference is None:
                 continue
-            self.cross.addmm_(difference.T, rows)
-            if self.projected:
-                self.energy += difference.square().sum(0)
+            cross.addmm_(difference.T, rows)
+            if projected:
+                energy += difference.square().sum(0)
             else:
-                self.energy.addmm_(difference.T, difference)
-        self.gram /= max(1, self.count)
-        self.cross /= max(1, self.count)
-        self.energy /= max(1, self.count)
-        self.diagonal = self.gram.diagonal().clone()
+                energy.addmm_(difference.T, difference)
+        return cls(*(total.div_(max(1, count)) for total in (gram, cross, energy)), count)
 
     def panel(self, columns: slice) -> Tensor:
         """A view."""

@@ -10,17 +10,20 @@ from typing import Literal
 
 from sdconvert.errors import BudgetError, PreconditionError
 from sdconvert.quantize.adaround.layers import RoundedLayer
+from sdconvert.quantize.adaround.offsets import MATRICES, by_offsets
 from sdconvert.quantize.adaround.solve import Workspace
 from sdconvert.quantize.adaround.steps import SCORES_BYTES, RoundedGroup, SegmentedGraph, size
 from sdconvert.quantize.adaround.tiles import WIDTH
 
-Mode = Literal["gram", "rows", "panel"]
+Mode = Literal["gram", "offsets", "rows", "panel"]
 MIB = 1 << 20
 _FLOAT = 4
+_INPUTS = 4  # tensors of the size of a layer's input while it is measured
 _ROW_ARRAYS = 12  # matrices (channels, columns) that a solver has at once
 _BLOCK_ARRAYS = 5  # matrices (block, block)
 _MOST_CHUNK, _LEAST_CHUNK = 1024, 16
 _LEAST_CHANNELS = 8
+_MOST_BLOCK = 1024  # after descent, larger blocks of GPTQ give no smaller loss, and take cubic time
 
 
 @dataclass(frozen=True)
@@ -28,7 +31,8 @@ class MomentsPlan:
     """How the moments of one group's samples are kept.
 
     Attributes:
-        mode: `gram` in memory; `panel` the same on disk; `rows` the inputs on disk.
+        mode: `gram` in memory; `offsets` in memory what a 3x3 convolution's G is made of, a third of it; `panel` G on
+            disk; `rows` the inputs on disk.
         rows: Of the data.
         memory_bytes: Held in memory until the group is solved.
         disk_bytes: Held on disk.
@@ -179,9 +183,10 @@ def _frontier_items(segmented: SegmentedGraph) -> int:
 def _plan_group(group: RoundedGroup, samples: tuple[int, int], available: int, budget: int) -> GroupPlan:
     """The fastest form that fits: moments in memory, else those of the held-out samples on disk, else all."""
     shape = _Shape.of(group)
-    wanted = [_moments(shape, count, memory) for memory in (True, False) for count in samples if count]
-    half = len(wanted) // 2
-    forms = [wanted[:half], [*wanted[:half][:1], *wanted[half:][1:]], wanted[half:]]
+    in_memory: list[Mode] = ["gram", "offsets"] if shape.by_offsets else ["gram"]
+    disk = [_moments(shape, count, _disk_mode(shape, count)) for count in samples if count]
+    memory = [[_moments(shape, count, mode) for count in samples if count] for mode in in_memory]
+    forms = [*memory, *([form[0], *disk[1:]] for form in memory if disk[1:]), disk]
     least = 0
     for form in forms:
         plan = _fit(group, shape, form, available)
@@ -198,22 +203,30 @@ def _plan_group(group: RoundedGroup, samples: tuple[int, int], available: int, b
 
 @dataclass(frozen=True)
 class _Shape:
-    """Of a group's moments: inputs per output, output channels together and of the largest layer, rows per sample."""
+    """Of a group's moments: inputs per output, output channels together and of the largest layer, rows per sample;
+    whether `offsets.py` covers it."""
 
     columns: int
     channels: int
     largest: int
     rows: int
+    by_offsets: bool
 
     @classmethod
     def of(cls, group: RoundedGroup) -> "_Shape":
         counts = [layer.out_channels // layer.groups for layer in group.layers]
-        return cls(group.layers[0].columns, sum(counts), max(counts), rows_per_sample(group))
+        columns = group.layers[0].columns
+        return cls(columns, sum(counts), max(counts), rows_per_sample(group), by_offsets(group.layers))
+
+    @property
+    def offset_bytes(self) -> int:
+        """What G is made of; 0 where it is not."""
+        return _FLOAT * MATRICES * (self.columns // 9) ** 2 if self.by_offsets else 0
 
 
 def _fit(group: RoundedGroup, shape: _Shape, form: list[MomentsPlan], available: int) -> GroupPlan | int:
     """Share out what moments in a form leave; the least that they need, where that is not there."""
-    columns, on_disk = shape.columns, any(one.mode != "gram" for one in form)
+    columns, on_disk = shape.columns, any(one.disk_bytes for one in form)
     longest = max([columns, *(one.rows for one in form if one.mode == "rows")])
     row_bytes = _FLOAT * (3 * columns + 2 * shape.channels)
     column_bytes = _FLOAT * (longest + shape.channels) if on_disk else 0
@@ -221,21 +234,24 @@ def _fit(group: RoundedGroup, shape: _Shape, form: list[MomentsPlan], available:
     # Tiles that are held while others are made or read.
     held = sum(one.memory_bytes for one in form) + 2 * WIDTH * column_bytes
     channels, block = min(shape.largest, _LEAST_CHANNELS), min(WIDTH, columns)
-    least = max(_LEAST_CHUNK * row_bytes + WIDTH * column_bytes, channels * channel_bytes + block**2 * block_bytes)
+    # A sample's input on both paths, as it is read and padded; G's parts are there until it is put together.
+    reading = _INPUTS * size(group.input) + (shape.offset_bytes if form[0].mode == "gram" else 0)
+    measuring = reading + _LEAST_CHUNK * row_bytes + WIDTH * column_bytes
+    least = max(measuring, channels * channel_bytes + block**2 * block_bytes)
     room = available - held
     if room < least:
         return held + least
-    chunk = max(_LEAST_CHUNK, min(_MOST_CHUNK, room // 2 // row_bytes))
+    chunk = max(_LEAST_CHUNK, min(_MOST_CHUNK, (room - reading) // 2 // row_bytes))
     pass_columns = columns
     if on_disk:
-        pass_columns = max(WIDTH, (room - chunk * row_bytes) // column_bytes // WIDTH * WIDTH)
-    if block_bytes * columns**2 <= room // 2:
-        block = columns
+        pass_columns = max(WIDTH, (room - reading - chunk * row_bytes) // column_bytes // WIDTH * WIDTH)
+    if block_bytes * min(columns, _MOST_BLOCK) ** 2 <= room // 2:
+        block = min(columns, _MOST_BLOCK)
     elif room // 2 > block_bytes * block**2:
         block = int((room / 2 / block_bytes) ** 0.5) // WIDTH * WIDTH
     channels = max(channels, min(shape.largest, (room - block_bytes * block**2) // channel_bytes))
     solving = block_bytes * block**2 + channel_bytes * channels
-    measuring = chunk * row_bytes + min(pass_columns, longest) * column_bytes
+    measuring = reading + chunk * row_bytes + min(pass_columns, longest) * column_bytes
     return GroupPlan(
         group.layers,
         group.input.name,
@@ -248,14 +264,21 @@ def _fit(group: RoundedGroup, shape: _Shape, form: list[MomentsPlan], available:
     )
 
 
-def _moments(shape: _Shape, samples: int, memory: bool) -> MomentsPlan:
+def _disk_mode(shape: _Shape, samples: int) -> Mode:
+    """The smaller one."""
+    return "rows" if shape.rows * samples < shape.columns else "panel"
+
+
+def _moments(shape: _Shape, samples: int, mode: Mode) -> MomentsPlan:
     columns, channels, rows = shape.columns, shape.channels, shape.rows * samples
-    if memory:
+    if mode == "gram":
         cross = channels * columns if channels <= columns else 2 * columns**2
-        return MomentsPlan("gram", rows, _FLOAT * (columns**2 + cross), 0)
-    if rows < columns:
-        return MomentsPlan("rows", rows, 0, rows * (2 * columns + _FLOAT * channels))
-    return MomentsPlan("panel", rows, 0, _FLOAT * columns * (columns + channels))
+        return MomentsPlan(mode, rows, _FLOAT * (columns**2 + cross), 0)
+    if mode == "offsets":
+        return MomentsPlan(mode, rows, shape.offset_bytes + _FLOAT * channels * columns, 0)
+    if mode == "rows":
+        return MomentsPlan(mode, rows, 0, rows * (2 * columns + _FLOAT * channels))
+    return MomentsPlan(mode, rows, 0, _FLOAT * columns * (columns + channels))
 
 
 def rows_per_sample(group: RoundedGroup) -> int:

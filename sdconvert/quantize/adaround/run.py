@@ -4,6 +4,8 @@ import hashlib
 import json
 import math
 import shutil
+import time
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -22,6 +24,7 @@ from sdconvert.quantize.adaround.advance import FLOATING, QUANTIZED, Frontiers
 from sdconvert.quantize.adaround.code_grid import CodeGrid
 from sdconvert.quantize.adaround.commit import Commits, CommittedGroup, parameter_encodings
 from sdconvert.quantize.adaround.moments import Channels, GramMoments, LayerGroup, Moments, Source
+from sdconvert.quantize.adaround.offsets import OffsetMoments, by_offsets, gram_by_offsets
 from sdconvert.quantize.adaround.plan import GroupPlan, MomentsPlan, Plan, make_plan
 from sdconvert.quantize.adaround.solve import LayerFigures, LayerResult, SolverSettings, join, solve
 from sdconvert.quantize.adaround.steps import RoundedGroup, SegmentedGraph
@@ -83,6 +86,7 @@ class AdaRoundResult:
         plan: What was planned.
         forwards: Runs of the whole graph, both paths together.
         resumed: Groups that an earlier run had finished.
+        cpu_seconds: Of the process, by what it did: `forward`, `moments`, `solve`.
         output_sqnr_db: Of the graph's outputs over the held-out samples (all, if none is), quantized against
             floating-point path; NaN with `fp` inputs.
     """
@@ -91,6 +95,7 @@ class AdaRoundResult:
     plan: Plan
     forwards: float
     resumed: int
+    cpu_seconds: Mapping[str, float]
     output_sqnr_db: float
 
     @property
@@ -183,6 +188,7 @@ class _Run:
         self._fitted = sorted(set(range(count)) - set(self._held_out))
         self._fixed, self._done = fixed, list[CommittedGroup]()
         self._current: dict[str, Tensor] = {}
+        self._seconds: Counter[str] = Counter()
         self.plan = _plan(segmented, settings, count)
 
     def __call__(self, samples: Samples, report: Report) -> AdaRoundResult:
@@ -199,13 +205,15 @@ class _Run:
                 weights={*self._grids, *self._fixed},
             )
             digest = _Digest(settings, segmented.parameters(), self._grids, self._fixed)
-            frontiers.ingest(digest.following(samples), lambda index: f"calibration sample {index}")
+            with self._timed("forward"):
+                frontiers.ingest(digest.following(samples), lambda index: f"calibration sample {index}")
             fingerprints = [digest.of(index, group) for index, group in enumerate(segmented.groups)]
             commits.sweep(fingerprints)
             for index, group in enumerate(segmented.groups):
                 report(index, len(segmented.groups), group.layers[0].name)
                 self._current.clear()
-                frontiers.advance(index, self._weight)
+                with self._timed("forward"):
+                    frontiers.advance(index, self._weight)
                 committed = commits.find(fingerprints[index], group.layers, self._grids)
                 resumed += committed is not None
                 if committed is None:
@@ -214,8 +222,15 @@ class _Run:
                     return_freed_memory()
                 self._done.append(committed)
             self._current.clear()
-            output = self._output_sqnr_db(frontiers)
-        return AdaRoundResult(tuple(self._done), self.plan, frontiers.forwards, resumed, output)
+            with self._timed("forward"):
+                output = self._output_sqnr_db(frontiers)
+        return AdaRoundResult(tuple(self._done), self.plan, frontiers.forwards, resumed, self._seconds, output)
+
+    @contextmanager
+    def _timed(self, what: str) -> Iterator[None]:
+        start = time.process_time()
+        yield
+        self._seconds[what] += time.process_time() - start
 
     def _weight(self, name: str) -> Tensor | None:
         """The quantized path's value of a parameter, kept until the next segment."""
@@ -233,23 +248,29 @@ class _Run:
         for part in range(group.layers[0].groups):
             layers = LayerGroup(group.layers, weights, part)
             with _scratch(self._folder / "moments") as scratch:
-                fitted = _measure(
-                    layers, plan, plan.moments, _source(frontiers, group, self._fitted), scratch, "fitted"
-                )
-                judge = None
-                if plan.held_out:
-                    source = _source(frontiers, group, self._held_out)
-                    judge = _measure(layers, plan, plan.held_out, source, scratch, "held_out")
+                with self._timed("moments"):
+                    fitted, judge = self._measure(layers, group, plan, frontiers, scratch)
                 first = 0
                 for layer, weight in zip(group.layers, weights, strict=True):
                     rows = layer.rows_of_group(part)
                     own = weight[rows].flatten(1).float()
                     channels = Channels(slice(first, first + len(own)), own)
                     grid = self._grids[layer.name].rows(rows)
-                    result = solve(fitted, judge, channels, grid, self._settings.solver, plan.workspace)
+                    with self._timed("solve"):
+                        result = solve(fitted, judge, channels, grid, self._settings.solver, plan.workspace)
                     parts[layer.name].append(result)
                     first += len(own)
         return {name: join(found) for name, found in parts.items()}
+
+    def _measure(
+        self, layers: LayerGroup, group: RoundedGroup, plan: GroupPlan, frontiers: Frontiers, scratch: Path
+    ) -> tuple[Moments, Moments | None]:
+        """Moments of the samples that codes are fitted to, and of those that judge."""
+        fitted = _measure(layers, plan, plan.moments, _source(frontiers, group, self._fitted), scratch, "fitted")
+        if plan.held_out is None:
+            return fitted, None
+        source = _source(frontiers, group, self._held_out)
+        return fitted, _measure(layers, plan, plan.held_out, source, scratch, "held_out")
 
     def _output_sqnr_db(self, frontiers: Frontiers) -> float:
         """Run the graph to its end."""
@@ -312,8 +333,10 @@ def _measure(
     layers: LayerGroup, plan: GroupPlan, moments: MomentsPlan, source: Source, scratch: Path, name: str
 ) -> Moments:
     """Take moments in the form that was planned."""
+    if moments.mode == "offsets":
+        return OffsetMoments(layers, source, plan.chunk)
     if moments.mode == "gram":
-        return GramMoments(layers, source, plan.chunk)
+        return (gram_by_offsets if by_offsets(layers.layers) else GramMoments.of)(layers, source, plan.chunk)
     folder = scratch / name
     folder.mkdir()
     if moments.mode == "panel":

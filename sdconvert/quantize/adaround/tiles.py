@@ -62,6 +62,33 @@ def tile_slices(rows: slice) -> Iterator[slice]:
         start = stop
 
 
+class PanelwiseMoments(QuadraticMoments):
+    """Moments that give G a panel of `WIDTH` columns at a time."""
+
+    @abstractmethod
+    def negative_residual(self, channels: Channels, columns: slice) -> Tensor:
+        """Some columns, of one panel, of -R: (rows, some columns)."""
+
+    def block(self, columns: slice) -> Tensor:
+        """Of as many panels as the columns lie in."""
+        return torch.cat([self.panel(part)[:, columns] for part in tile_slices(columns)])
+
+    def update(self, state: Tensor, columns: slice, change: Tensor) -> None:
+        """Panel by panel."""
+        for part in tile_slices(columns):
+            state.addmm_(change[:, part.start - columns.start : part.stop - columns.start], self.panel(part))
+
+    def start(self, channels: Channels, delta: Tensor | None) -> Tensor:
+        """D G - R."""
+        every = slice(0, channels.weight.shape[1])
+        state = torch.empty_like(channels.weight)
+        for part in tile_slices(every):
+            state[:, part] = self.negative_residual(channels, part)
+        if delta is not None:
+            self.update(state, every, delta)
+        return state
+
+
 class TileMoments(Moments):
     """Moments that are made of tiles, in as many passes over the data as memory asks for.
 
@@ -90,7 +117,7 @@ class TileMoments(Moments):
         return self._group.rows(self._source, self._chunk, project_difference=True)
 
 
-class PanelMoments(TileMoments, QuadraticMoments):
+class PanelMoments(TileMoments, PanelwiseMoments):
     """G and R on disk."""
 
     def __init__(self, group: LayerGroup, source: Source, folder: Path, chunk: int, pass_columns: int) -> None:
@@ -119,24 +146,9 @@ class PanelMoments(TileMoments, QuadraticMoments):
         """One tile's rows."""
         return self._gram.read(columns)
 
-    def block(self, columns: slice) -> Tensor:
-        """Of as many tiles as the columns lie in."""
-        return torch.cat([self._gram.read(part)[:, columns] for part in tile_slices(columns)])
-
-    def update(self, state: Tensor, columns: slice, change: Tensor) -> None:
-        """Tile by tile."""
-        for part in tile_slices(columns):
-            state.addmm_(change[:, part.start - columns.start : part.stop - columns.start], self.panel(part))
-
-    def start(self, channels: Channels, delta: Tensor | None) -> Tensor:
-        """D G - R."""
-        every = slice(0, self.columns)
-        state = torch.empty(len(channels.weight), self.columns)
-        for part in tile_slices(every):
-            state[:, part] = -self._residual.read(part)[:, channels.rows].T
-        if delta is not None:
-            self.update(state, every, delta)
-        return state
+    def negative_residual(self, channels: Channels, columns: slice) -> Tensor:
+        """From one tile."""
+        return -self._residual.read(columns)[:, channels.rows].T
 
     def residual_energy(self, channels: Channels) -> Tensor:
         """As it was summed."""

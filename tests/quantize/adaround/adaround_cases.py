@@ -69,7 +69,7 @@ def make_moments(mode: str, data: Data, folder: Path, group: int = 0, chunk: int
     """Moments of one layer, with chunks and passes too small to see all at once."""
     layers = layer_group(data, group)
     if mode == "gram":
-        return GramMoments(layers, data.source, chunk)
+        return GramMoments.of(layers, data.source, chunk)
     folder = folder / f"{mode}-{group}"
     folder.mkdir()
     if mode == "panel":

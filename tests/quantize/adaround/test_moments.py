@@ -77,13 +77,13 @@ def test_layers_of_one_input_stand_one_after_the_other() -> None:
     data = Data(LAYERS["linear"])
     second = torch.randn(90, 70, generator=torch.Generator().manual_seed(5))  # more channels than columns: unprojected
     both = LayerGroup([data.layer, RoundedLayer("other", (90, 70))], [data.weight, second])
-    together, alone = GramMoments(both, data.source), GramMoments(layer_group(data), data.source)
+    together, alone = GramMoments.of(both, data.source), GramMoments.of(layer_group(data), data.source)
     assert alone.projected
     assert not together.projected
     channels = channels_of(data.weight)
     delta = 0.1 * torch.ones_like(data.weight)
     torch.testing.assert_close(together.loss(channels, delta), alone.loss(channels, delta), rtol=1e-4, atol=1e-6)
-    other = GramMoments(LayerGroup(both.layers[1:], both.weights[1:]), data.source)
+    other = GramMoments.of(LayerGroup(both.layers[1:], both.weights[1:]), data.source)
     delta = 0.1 * torch.ones_like(second)
     torch.testing.assert_close(
         together.loss(Channels(slice(6, 96), second), delta),
@@ -95,7 +95,7 @@ def test_layers_of_one_input_stand_one_after_the_other() -> None:
 
 def test_equal_paths_have_no_residual() -> None:
     data = Data(LAYERS["3x3"], difference=0.0)
-    moments = GramMoments(layer_group(data), lambda: ((x, None) for x in data.quantized))
+    moments = GramMoments.of(layer_group(data), lambda: ((x, None) for x in data.quantized))
     assert moments.loss(channels_of(matrix(data)), torch.zeros(6, 72)).abs().max() == 0
 
 

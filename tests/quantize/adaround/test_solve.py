@@ -51,7 +51,7 @@ def test_codes_are_neighbours_of_the_weight_and_better_than_nearest(method: str,
     weight = matrix(data)
     grid = grids(weight)[grid_name]
     other.weight = data.weight
-    moments, judge = (GramMoments(layer_group(one), one.source) for one in (data, other))
+    moments, judge = (GramMoments.of(layer_group(one), one.source) for one in (data, other))
     result = solve(moments, judge, channels_of(weight), grid, SETTINGS[method])
     low, high = grid.bounds(weight)
     assert ((result.codes == low) | (result.codes == high)).all()
@@ -76,7 +76,7 @@ def test_next_to_the_best_of_all_roundings() -> None:
         data = Data(RoundedLayer("small", (4, 7)), samples=4, seed=seed)
         weight = matrix(data)
         grid, channels = int4_grid(weight), channels_of(weight)
-        moments = GramMoments(layer_group(data), data.source)
+        moments = GramMoments.of(layer_group(data), data.source)
         low, high = grid.bounds(weight)
 
         def loss_of(codes: Tensor, moments: Moments = moments, grid: CodeGrid = grid, own: Tensor = weight) -> Tensor:
@@ -99,7 +99,7 @@ def test_next_to_the_best_of_all_roundings() -> None:
 def test_modes_and_parts_agree(tmp_path: Path, mode: str) -> None:
     data = Data(LAYERS["3x3"], samples=40)
     weight = matrix(data)
-    reference = solve(GramMoments(layer_group(data), data.source), None, channels_of(weight), int4_grid(weight),
+    reference = solve(GramMoments.of(layer_group(data), data.source), None, channels_of(weight), int4_grid(weight),
                       SETTINGS["coordinate"])  # fmt: skip
     moments = make_moments(mode, data, tmp_path)
     for workspace in (Workspace(), Workspace(channels=4, block=64)):
@@ -110,7 +110,7 @@ def test_modes_and_parts_agree(tmp_path: Path, mode: str) -> None:
 
 def test_parts_alone_change_nothing(held_out: Data) -> None:
     weight = matrix(held_out)
-    moments = GramMoments(layer_group(held_out), held_out.source)
+    moments = GramMoments.of(layer_group(held_out), held_out.source)
     results = [
         solve(moments, None, channels_of(weight), int4_grid(weight), SETTINGS["coordinate"], Workspace(channels=count))
         for count in (6, 4)
@@ -125,7 +125,7 @@ def test_overfitting_is_caught_on_held_out_data() -> None:
     data.quantized, data.floating = data.quantized[:, :1, :1], 3 * data.floating[:, :1, :1]
     other.weight = data.weight
     weight = matrix(data)
-    moments, judge = (GramMoments(layer_group(one), one.source) for one in (data, other))
+    moments, judge = (GramMoments.of(layer_group(one), one.source) for one in (data, other))
     solver = SolverSettings(damping=(1e-6,))
     result = solve(moments, judge, channels_of(weight), int4_grid(weight), solver)
     assert result.figures.fell_back
@@ -136,7 +136,7 @@ def test_overfitting_is_caught_on_held_out_data() -> None:
 
 def test_refitted_scales_are_better_and_their_own_grid() -> None:
     data = Data(LAYERS["linear"], samples=40)
-    weight, moments = matrix(data), GramMoments(layer_group(data), data.source)
+    weight, moments = matrix(data), GramMoments.of(layer_group(data), data.source)
     kept, refitted = (
         solve(moments, None, channels_of(weight), int4_grid(weight), SETTINGS[name]) for name in ("coordinate", "refit")
     )
@@ -152,7 +152,7 @@ def test_dead_inputs_keep_the_nearest_codes() -> None:
     data = Data(LAYERS["linear"], samples=4, difference=0.0)
     data.quantized[..., :10] = data.floating[..., :10] = 0
     weight = matrix(data)
-    result = solve(GramMoments(layer_group(data), data.source), None, channels_of(weight), int4_grid(weight),
+    result = solve(GramMoments.of(layer_group(data), data.source), None, channels_of(weight), int4_grid(weight),
                    SETTINGS["coordinate"])  # fmt: skip
     assert torch.equal(result.codes[:, :10], int4_grid(weight).nearest(weight)[:, :10].to(torch.int16))
 

@@ -1,0 +1,167 @@
+"""Moments of 3x3 convolutions from products of shifted images: 13 matrices instead of 81, exact at the borders.
+
+Rows of such a layer's input hold each pixel nine times. G between tap t and tap t' is a sum over positions of x at one
+pixel times x at another, t' - t further on. Over the whole image that is a function of the difference only, and the
+sums of opposite differences are each other's transposes: (0, 0), (0, 1), (0, 2), (1, -2..2) and (2, -2..2) are left. A
+window of positions lacks one line of the image for a tap in an outer row or column. The padding being zero, what it
+lacks counts only where both taps lie in the same outer row or column; the two at one corner miss its pixel once, not
+twice.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from sdconvert.quantize.adaround.layers import Convolution, RoundedLayer
+from sdconvert.quantize.adaround.moments import Channels, GramMoments, LayerGroup, Source
+from sdconvert.quantize.adaround.tiles import PanelwiseMoments
+
+_SHIFTS = [(0, across) for across in range(3)] + [(down, across) for down in (1, 2) for across in range(-2, 3)]
+_OUTER = (0, 2)
+MATRICES = len(_SHIFTS) + 2 * len(_OUTER) * 3 + len(_OUTER) ** 2
+"""Matrices (in_channels, in_channels) that are summed."""
+_TAPS = range(3)
+# Where `_both_ways` has the sum for two taps, and for two places along a line.
+_SHIFT_OF = [
+    _SHIFTS.index(shift)
+    if (shift := (down - row, across - column)) in _SHIFTS
+    else len(_SHIFTS) + _SHIFTS.index((row - down, column - across))
+    for row in _TAPS
+    for column in _TAPS
+    for down in _TAPS
+    for across in _TAPS
+]
+_ALONG_OF = [other - tap if other >= tap else 3 + tap - other for tap in _TAPS for other in _TAPS]
+_LEAST_COLUMNS = 9 * 64
+_PLAIN = Convolution((3, 3), padding=(1, 1))
+
+
+def by_offsets(layers: Sequence[RoundedLayer]) -> bool:
+    """Whether this file covers layers of one input; those of few channels are quicker without."""
+    columns, channels = layers[0].columns, sum(layer.out_channels for layer in layers)
+    return layers[0].convolution == _PLAIN and columns >= _LEAST_COLUMNS and channels <= columns
+
+
+class OffsetSums:
+    """What G is made of.
+
+    Args:
+        channels: Of the input.
+    """
+
+    def __init__(self, channels: int) -> None:
+        self.channels = channels
+        self.count = 0
+        self._shifted = torch.zeros(len(_SHIFTS), channels, channels)
+        # By outer row, or column, and difference along it.
+        self._rows, self._columns = (torch.zeros(2, 3, channels, channels) for _ in range(2))
+        self._corners = torch.zeros(2, 2, channels, channels)
+        self._last: tuple[slice, Tensor] | None = None
+
+    def add(self, x: Tensor) -> None:
+        """Take in images (batch, channels, height, width)."""
+        for image in x:
+            _, height, width = image.shape
+            self.count += height * width
+            # Two zeros between lines: then a shift in the flat image never pairs pixels of wrong lines.
+            flat = torch.nn.functional.pad(image, (0, 2)).reshape(self.channels, -1)
+            for total, (down, across) in zip(self._shifted, _SHIFTS, strict=True):
+                _add(total, flat, down * (width + 2) + across)
+            # Taps in the first row see all lines but the last one.
+            for outer, line in enumerate((-1, 0)):
+                for along in range(3):
+                    _add(self._rows[outer, along], image[:, line].contiguous(), along)
+                    _add(self._columns[outer, along], image[:, :, line].contiguous(), along)
+                for side, column in enumerate((-1, 0)):
+                    self._corners[outer, side].addr_(image[:, line, column], image[:, line, column])
+
+    def rows(self, columns: slice) -> Tensor:
+        """Some rows of the mean of G: (some columns, columns); those asked for last are still there."""
+        if self._last is None or self._last[0] != columns:
+            self._last = None  # the old ones go before the new ones come
+            self._last = columns, self._make_rows(columns)
+        return self._last[1]
+
+    def _make_rows(self, columns: slice) -> Tensor:
+        first, last = columns.start // 9, -(-columns.stop // 9)
+        part = slice(first, last)
+        # (tap's row, tap's column, other's row, other's column, some channels, channels)
+        found = _both_ways(self._shifted, part, _SHIFT_OF).unflatten(0, (3, 3, 3, 3))
+        for outer, place in enumerate(_OUTER):
+            found[place, :, place, :] -= _both_ways(self._rows[outer], part, _ALONG_OF).unflatten(0, (3, 3))
+            found[:, place, :, place] -= _both_ways(self._columns[outer], part, _ALONG_OF).unflatten(0, (3, 3))
+            for side, column in enumerate(_OUTER):
+                found[place, column, place, column] += self._corners[outer, side, part]
+        found /= max(1, self.count)
+        rows = found.permute(4, 0, 1, 5, 2, 3).reshape(-1, 9 * self.channels)
+        return rows[columns.start - 9 * first : columns.stop - 9 * first]
+
+    def diagonal(self) -> Tensor:
+        """Of the mean of G: (columns,)."""
+        step = 16  # channels at a time
+        parts = [
+            self._make_rows(slice(first, min(first + 9 * step, 9 * self.channels))).diagonal(first)
+            for first in range(0, 9 * self.channels, 9 * step)
+        ]
+        return torch.cat(parts)
+
+
+def _add(total: Tensor, pixels: Tensor, shift: int) -> None:
+    """Add products of all pixels (channels, pixels) that lie so far apart."""
+    length = pixels.shape[1]
+    if shift < length:
+        total.addmm_(pixels[:, : length - shift], pixels[:, shift:].T)
+
+
+def _both_ways(sums: Tensor, part: slice, wanted: list[int]) -> Tensor:
+    """Some rows of sums by shift, and behind them of those by the opposite shifts, their transposes; those wanted."""
+    return torch.cat([sums[:, part], sums[:, :, part].transpose(1, 2)])[wanted]
+
+
+class OffsetMoments(PanelwiseMoments):
+    """R in memory, and of G what it is made of.
+
+    Args:
+        group: Of layers that `by_offsets` covers.
+        source: Of their input.
+        chunk: Rows that are looked at together for R.
+    """
+
+    def __init__(self, group: LayerGroup, source: Source, chunk: int) -> None:
+        self._sums, self._residual, self._energy = _sum(group, source, chunk)
+        self.count, self.diagonal = self._sums.count, self._sums.diagonal()
+
+    def panel(self, columns: slice) -> Tensor:
+        """Put together."""
+        return self._sums.rows(columns)
+
+    def negative_residual(self, channels: Channels, columns: slice) -> Tensor:
+        """A part of -R."""
+        return -self._residual[channels.rows, columns]
+
+    def residual_energy(self, channels: Channels) -> Tensor:
+        """As it was summed."""
+        return self._energy[channels.rows]
+
+
+def gram_by_offsets(group: LayerGroup, source: Source, chunk: int) -> GramMoments:
+    """`GramMoments` of layers that `by_offsets` covers."""
+    sums, residual, energy = _sum(group, source, chunk)
+    return GramMoments(sums.rows(slice(0, group.columns)), residual, energy, sums.count)
+
+
+def _sum(group: LayerGroup, source: Source, chunk: int) -> tuple[OffsetSums, Tensor, Tensor]:
+    """Sums for G; the means R and E |W (x - x')|^2."""
+    sums = OffsetSums(group.columns // 9)
+    residual, energy = torch.zeros(group.out_channels, group.columns), torch.zeros(group.out_channels)
+    for quantized, difference in source():
+        sums.add(quantized)
+        if difference is None:
+            continue
+        one = [(quantized, difference)]
+        for rows, projected in group.rows(lambda one=one: iter(one), chunk, project_difference=True):
+            assert projected is not None  # for the type checker
+            residual.addmm_(projected.T, rows)
+            energy += projected.square().sum(0)
+    return sums, residual / max(1, sums.count), energy / max(1, sums.count)
