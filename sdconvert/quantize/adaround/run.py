@@ -1,6 +1,7 @@
 """AdaRound of a traced graph: plan, advance, solve, commit; group after group, each resumable."""
 
 import hashlib
+import itertools
 import json
 import math
 import shutil
@@ -19,10 +20,14 @@ from sdconvert.io.encodings import Encoding
 from sdconvert.memory import return_freed_memory
 from sdconvert.metrics import sqnr_db
 from sdconvert.quantize.adaround.advance import FLOATING, QUANTIZED, Frontiers
+from sdconvert.quantize.adaround.block_rounds import BlockRounds
+from sdconvert.quantize.adaround.blocks import Block, BlockFigures, find_blocks
 from sdconvert.quantize.adaround.code_grid import CodeGrid
 from sdconvert.quantize.adaround.commit import Commits, CommittedGroup, parameter_encodings
+from sdconvert.quantize.adaround.layers import RoundedLayer
 from sdconvert.quantize.adaround.moments import Channels, GramMoments, LayerGroup, Moments, Source
 from sdconvert.quantize.adaround.plan import GroupPlan, MomentsPlan, Plan, make_plan
+from sdconvert.quantize.adaround.reconstruct import Reconstruction
 from sdconvert.quantize.adaround.solve import LayerFigures, LayerResult, SolverSettings, join, solve
 from sdconvert.quantize.adaround.steps import RoundedGroup, SegmentedGraph
 from sdconvert.quantize.adaround.store import ActivationStore
@@ -44,6 +49,7 @@ class AdaRoundSettings:
         held_out: Share of the samples that only judge.
         budget_bytes: Memory beside runtime and weights.
         half_precision: Waiting tensors are float16, not float32.
+        reconstruct: What is rounded again in blocks; None: nothing.
     """
 
     solver: SolverSettings = field(default_factory=SolverSettings)
@@ -52,6 +58,7 @@ class AdaRoundSettings:
     held_out: float = 0.1
     budget_bytes: int = 1 << 30
     half_precision: bool = True
+    reconstruct: Reconstruction | None = None
 
     def held_out_samples(self, count: int) -> list[int]:
         """Which of `count` samples only judge: evenly spread, for their order is that of pictures and timesteps."""
@@ -92,6 +99,11 @@ class AdaRoundResult:
     forwards: float
     resumed: int
     output_sqnr_db: float
+
+    @property
+    def blocks(self) -> tuple[BlockFigures, ...]:
+        """Of the blocks that were reconstructed, in execution order."""
+        return tuple(group.block for group in self.groups if group.block)
 
     @property
     def figures(self) -> dict[str, LayerFigures]:
@@ -167,12 +179,17 @@ class _Run:
         self._fixed, self._done = fixed, list[CommittedGroup]()
         self._current: dict[str, Tensor] = {}
         item_bytes = 2 if settings.half_precision else 4
+        self._blocks: tuple[Block, ...] = ()
+        if wanted := settings.reconstruct:
+            self._blocks = find_blocks(segmented, wanted.kind, paths=wanted.paths, largest=wanted.largest)
         self.plan = make_plan(
             segmented,
             samples=count,
             held_out=len(self._held_out),
             budget_bytes=settings.budget_bytes,
             item_bytes=item_bytes,
+            blocks=self._blocks,
+            quantizers=settings.quantizers,
         )
 
     def __call__(self, samples: Samples, report: Report) -> AdaRoundResult:
@@ -190,22 +207,47 @@ class _Run:
             )
             digest = _Digest(settings, segmented.parameters(), self._grids, self._fixed)
             frontiers.ingest(digest.following(samples), lambda index: f"calibration sample {index}")
-            fingerprints = [digest.of(index, group) for index, group in enumerate(segmented.groups)]
-            commits.sweep(fingerprints)
+            fingerprints = [digest.of(index, group.layers) for index, group in enumerate(segmented.groups)]
+            rounds = self._rounds(frontiers, store, commits, digest)
+            self._done += rounds.finished
+            wanted = [not {layer.name for layer in group.layers} <= rounds.covered for group in segmented.groups]
+            commits.sweep([*itertools.compress(fingerprints, wanted), *rounds.fingerprints])
             for index, group in enumerate(segmented.groups):
                 report(index, len(segmented.groups), group.layers[0].name)
                 self._current.clear()
                 frontiers.advance(index, self._weight)
-                committed = commits.find(fingerprints[index], group.layers, self._grids)
-                resumed += committed is not None
-                if committed is None:
+                rounds.before(index)
+                committed = commits.find(fingerprints[index], group.layers, self._grids) if wanted[index] else None
+                resumed += committed is not None or not wanted[index]
+                if committed is None and wanted[index]:
                     results = self._solve(group, self.plan.groups[index], frontiers)
                     committed = commits.commit(fingerprints[index], group.layers, results)
                     return_freed_memory()
-                self._done.append(committed)
+                if committed is not None:
+                    self._done.append(committed.without(rounds.covered))
+                self._current.clear()
+                rounds.behind(index, self._done)
             self._current.clear()
             output = self._output_sqnr_db(frontiers)
+        order = [layer.name for group in segmented.groups for layer in group.layers]
+        self._done.sort(key=lambda group: min(order.index(name) for name in group.layers))
         return AdaRoundResult(tuple(self._done), self.plan, frontiers.forwards, resumed, output)
+
+    def _rounds(self, frontiers: Frontiers, store: ActivationStore, commits: Commits, digest: "_Digest") -> BlockRounds:
+        return BlockRounds(
+            self._blocks,
+            self._settings.reconstruct,
+            self._segmented,
+            frontiers,
+            store,
+            commits,
+            self._grids,
+            fitted=self._fitted,
+            judging=self._held_out or self._fitted,
+            quantizers=self._settings.quantizers,
+            weights=self._weight,
+            fingerprint=lambda block: digest.of(block.name, block.layers),
+        )
 
     def _weight(self, name: str) -> Tensor | None:
         """The quantized path's value of a parameter, kept until the next segment."""
@@ -283,10 +325,15 @@ class _Digest:
                 self._add(name, tensor)
             yield sample
 
-    def of(self, index: int, group: RoundedGroup) -> str:
-        """Of one group."""
+    def of(self, place: int | str, layers: Sequence[RoundedLayer]) -> str:
+        """Of one group or block.
+
+        Args:
+            place: Index of the group, or name of the block.
+            layers: Of it.
+        """
         own = self._hash.copy()
-        own.update(f"{index} {[layer.name for layer in group.layers]}".encode())
+        own.update(f"{place} {[layer.name for layer in layers]}".encode())
         return own.hexdigest()
 
     def _add(self, name: str, tensor: Tensor) -> None:
