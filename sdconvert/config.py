@@ -121,6 +121,9 @@ class AdaRoundSection(_Section):
     """Layers see quantized activations too; AIMET's AdaRound leaves them in floating point."""
     refit_scale: bool = False
     """Fit each output channel's scale to its codes."""
+    reconstruct: Literal["block", "layer+activation"] | None = None
+    """Train the rounding of whole blocks, or of layers with the activation behind them, once each layer has its own
+    (BRECQ, Li et al., 2021); with `quantized_activations` as QDrop does it (Wei et al., 2022)."""
     samples: int | None = Field(default=None, ge=1)
     """Calibration samples to use, spread evenly over timesteps and pictures; all of them if not given."""
     held_out: float = Field(default=0.1, ge=0, lt=1)

@@ -185,6 +185,11 @@ def module_path(node: Node) -> str:
     return _model_path(path)
 
 
+def module_paths(node: Node) -> set[str]:
+    """Paths of the module whose forward made the node and of all modules around it, in the model's own names."""
+    return {_model_path(path) for path, _ in (node.meta.get("nn_module_stack") or {}).values()}
+
+
 def _model_path(path: Any) -> str:
     """A path in the graph form, in the model's own names: without `model` before it and plugins' containers in it."""
     return str(path).removeprefix("model").removeprefix(".").replace("._host", "")

@@ -10,6 +10,7 @@ from sdconvert.config import AdaRoundSection
 from sdconvert.errors import BudgetError
 from sdconvert.quantize.adaround.code_grid import CodeGrid
 from sdconvert.quantize.adaround.plan import Plan
+from sdconvert.quantize.adaround.reconstruct import Reconstruction
 from sdconvert.quantize.adaround.run import AdaRoundResult, AdaRoundSettings, Report, Samples, adaround, plan_adaround
 from sdconvert.quantize.adaround.solve import SolverSettings
 from sdconvert.quantize.simulation import Encodings, Simulation
@@ -20,6 +21,7 @@ def settings_of(section: AdaRoundSection) -> AdaRoundSettings:
     return AdaRoundSettings(
         solver=SolverSettings(method=section.solver, refit_scale=section.refit_scale),
         inputs=section.inputs,
+        reconstruct=Reconstruction(kind=section.reconstruct) if section.reconstruct else None,
         quantizers=section.quantized_activations,
         held_out=section.held_out,
         budget_bytes=int(section.memory_limit),

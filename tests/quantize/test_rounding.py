@@ -51,8 +51,9 @@ def held_out_db(case: Case, simulation: Simulation) -> float:
         AdaRoundSection(refit_scale=True),
         AdaRoundSection(quantized_activations=True, solver="adaround"),
         AdaRoundSection(inputs="fp"),
+        AdaRoundSection(reconstruct="layer+activation"),
     ],
-    ids=["default", "refit", "adaround", "fp"],
+    ids=["default", "refit", "adaround", "fp", "reconstruct"],
 )
 def test_outputs_of_data_that_were_not_seen_come_closer(case: Case, section: AdaRoundSection, tmp_path: Path) -> None:
     simulation = simulated(case)
@@ -78,7 +79,9 @@ def test_layers_are_compared_with_the_model_not_with_rounded_weights(case: Case,
     simulation = simulated(case)
     round_weights(simulation, case.samples[:20], AdaRoundSection(), tmp_path, lambda *_: None)
     worst = min(simulation.layer_sqnr_db(case.samples[20]).values())
-    assert worst == pytest.approx(worst_sqnr_db(case.adapter.run(case.samples[20]), simulation(case.samples[20])), abs=9)
+    assert worst == pytest.approx(
+        worst_sqnr_db(case.adapter.run(case.samples[20]), simulation(case.samples[20])), abs=9
+    )
     assert worst < 40  # against graphs with the same rounded weights it would be that of 16-bit activations
     (only_weights,) = simulation.run_with_activations_unquantized([case.samples[20]])
     assert worst_sqnr_db(case.adapter.run(case.samples[20]), only_weights) < 40

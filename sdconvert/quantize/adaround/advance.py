@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.fx import Node
 
 from sdconvert.errors import UsageError
@@ -88,7 +88,7 @@ class Frontiers:
             index: Of the segment.
             weights: Of the quantized path.
         """
-        constants = {path: _Constants(self._segmented, self._active(path), weights) for path in self._paths}
+        constants = {path: Constants(self._segmented, self._active(path), weights) for path in self._paths}
         for sample in range(len(self._labels)):
             for path in self._paths:
                 self._run(index, sample, path, constants[path])
@@ -100,7 +100,7 @@ class Frontiers:
             weights: Of the quantized path.
         """
         last = len(self._segmented.segments) - 1
-        constants = {path: _Constants(self._segmented, self._active(path), weights) for path in self._paths}
+        constants = {path: Constants(self._segmented, self._active(path), weights) for path in self._paths}
         for sample in range(len(self._labels)):
             values = {path: self._run(last, sample, path, constants[path]) for path in self._paths}
             yield {path: [found[node] for node in self._segmented.outputs] for path, found in values.items()}
@@ -123,7 +123,30 @@ class Frontiers:
             else:
                 yield quantized, self._look(sample, FLOATING, group.input) - quantized
 
-    def _run(self, index: int, sample: int, path: Path, constants: "_Constants") -> dict[Node, Any]:
+    def hold(self, nodes: Iterable[Node]) -> None:
+        """Have values of all samples stay on the quantized path, beyond what the segments need."""
+        for key in self._keys(nodes):
+            self._store.hold(key)
+
+    def release(self, nodes: Iterable[Node]) -> None:
+        """Let go of what was held."""
+        for key in self._keys(nodes):
+            self._store.release(key)
+
+    def value(self, sample: int, path: Path, node: Node) -> Tensor:
+        """A waiting value; with `fp` inputs both paths are the floating-point one."""
+        return self._look(sample, path if path in self._paths else FLOATING, node)
+
+    def replace(self, sample: int, node: Node, value: Tensor) -> None:
+        """Another value on the quantized path, if one is waiting there."""
+        key = self._key(sample, self._paths[-1], node)
+        if node in self._differing and key in self._store:
+            self._store.replace(key, value)
+
+    def _keys(self, nodes: Iterable[Node]) -> list[tuple[int, str, Path]]:
+        return [self._key(sample, self._paths[-1], node) for node in nodes for sample in range(len(self._labels))]
+
+    def _run(self, index: int, sample: int, path: Path, constants: "Constants") -> dict[Node, Any]:
         """Run a segment on one sample and path; return what is left of its values."""
         segment, reads = self._segmented.segments[index], self._segmented.reads[index]
         values: dict[Node, Any] = {node: self._store.take(self._key(sample, path, node)) for node in reads}
@@ -155,8 +178,14 @@ class Frontiers:
         return self._store.look(self._key(sample, path, node))
 
 
-class _Constants:
-    """Computes nodes on one path during one segment: parameters, and all that depends on nothing else, only once."""
+class Constants:
+    """Computes nodes on one path during one segment: parameters, and all that depends on nothing else, only once.
+
+    Args:
+        segmented: The graph.
+        quantizers: They are active; None on the floating-point path, which has no other weights.
+        weights: Of the quantized path.
+    """
 
     def __init__(self, segmented: SegmentedGraph, quantizers: bool | None, weights: Weights) -> None:
         self._segmented, self._quantizers = segmented, bool(quantizers)
@@ -174,11 +203,16 @@ class _Constants:
             if not self._quantizers or self._own(source) is not None:
                 return value(source)
             quantizer = self._segmented.graph_module.get_submodule(str(node.target))
-            # AIMET returns a tensor class of its own.
-            return quantizer(value(source)).as_subclass(Tensor)
+            return self.quantize(quantizer, value(source))
         args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), value)
         target: Any = node.target
         return target(*args, **kwargs)
+
+    def quantize(self, quantizer: nn.Module, value: Tensor) -> Tensor:
+        """A value on its grid."""
+        # AIMET returns a tensor class of its own.
+        quantized: Tensor = quantizer(value).as_subclass(Tensor)
+        return quantized
 
     def _constant(self, node: Node) -> Any:
         if node not in self._known:

@@ -2,8 +2,8 @@
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sdconvert.io.encodings import Encoding
 from sdconvert.io.tensors import load_tensors, read_metadata, save_tensors
+from sdconvert.quantize.adaround.blocks import BlockFigures
 from sdconvert.quantize.adaround.code_grid import CodeGrid
 from sdconvert.quantize.adaround.layers import RoundedLayer
 from sdconvert.quantize.adaround.solve import LayerFigures, LayerResult
@@ -20,12 +21,31 @@ _CODES, _SCALE, _LOWEST = "codes", "scale", "lowest"
 
 @dataclass(frozen=True)
 class CommittedGroup:
-    """A file of one group, and what it says."""
+    """A file of one group, and what it says.
+
+    Attributes:
+        path: The file.
+        layers: Those that count, by weight.
+        grids: Of their weights.
+        figures: Of the layers. In a block they are those of the rounding by moments that it began with.
+        block: Figures of the block, if the file is of one.
+    """
 
     path: Path
     layers: dict[str, RoundedLayer]
     grids: dict[str, CodeGrid]
     figures: dict[str, LayerFigures]
+    block: BlockFigures | None = None
+
+    def without(self, names: Collection[str]) -> "CommittedGroup":
+        """The same without layers that a block has rounded again."""
+        kept = [name for name in self.layers if name not in names]
+        return replace(
+            self,
+            layers={name: self.layers[name] for name in kept},
+            grids={name: self.grids[name] for name in kept},
+            figures={name: self.figures[name] for name in kept},
+        )
 
     def codes(self, name: str) -> Tensor:
         """Integer codes of a weight, in its shape: w = scale * code."""
@@ -57,6 +77,11 @@ class Commits:
             elif path not in kept:
                 path.unlink()
 
+    def drop(self, groups: Sequence[CommittedGroup]) -> None:
+        """Remove groups of which nothing counts any more."""
+        for group in groups:
+            group.path.unlink()
+
     def find(
         self, fingerprint: str, layers: Sequence[RoundedLayer], grids: Mapping[str, CodeGrid]
     ) -> CommittedGroup | None:
@@ -70,19 +95,31 @@ class Commits:
         path = self._path(fingerprint)
         if not path.is_file():
             return None
-        figures = json.loads(read_metadata(path)["figures"])
+        metadata = read_metadata(path)
+        figures, block = json.loads(metadata["figures"]), json.loads(metadata["block"])
         tensors = load_tensors(path)
         return CommittedGroup(
             path,
             {layer.name: layer for layer in layers},
             {layer.name: grids[layer.name].with_scale(tensors[f"{layer.name}/{_SCALE}"].clone()) for layer in layers},
             {name: LayerFigures(**values) for name, values in figures.items()},
+            BlockFigures(**block) if block else None,
         )
 
     def commit(
-        self, fingerprint: str, layers: Sequence[RoundedLayer], results: Mapping[str, LayerResult]
+        self,
+        fingerprint: str,
+        layers: Sequence[RoundedLayer],
+        results: Mapping[str, LayerResult],
+        block: BlockFigures | None = None,
     ) -> CommittedGroup:
         """Write a group, whole or not at all.
+
+        Args:
+            fingerprint: Of all that decides its codes.
+            layers: Of the group.
+            results: By weight.
+            block: Figures of the block that the group is.
 
         Raises:
             EnvironmentProblem: The disk is full.
@@ -94,7 +131,12 @@ class Commits:
             tensors[f"{name}/{_SCALE}"] = result.grid.scale
             tensors[f"{name}/{_LOWEST}"] = result.grid.lowest
         figures = {name: asdict(result.figures) for name, result in results.items()}
-        save_tensors(tensors, self._path(fingerprint), {"figures": json.dumps(figures), "fingerprint": fingerprint})
+        metadata = {
+            "figures": json.dumps(figures),
+            "fingerprint": fingerprint,
+            "block": json.dumps(asdict(block) if block else None),
+        }
+        save_tensors(tensors, self._path(fingerprint), metadata)
         found = self.find(fingerprint, layers, {name: result.grid for name, result in results.items()})
         assert found is not None  # for the type checker
         return found

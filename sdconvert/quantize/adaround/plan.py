@@ -5,10 +5,12 @@ in memory, the moments and what a solver needs. Not in it: the runtime, the mode
 that the caller holds.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from sdconvert.errors import BudgetError, PreconditionError
+from sdconvert.quantize.adaround.blocks import Block
 from sdconvert.quantize.adaround.layers import RoundedLayer
 from sdconvert.quantize.adaround.offsets import MATRICES, by_offsets
 from sdconvert.quantize.adaround.solve import Workspace
@@ -24,6 +26,10 @@ _BLOCK_ARRAYS = 5  # matrices (block, block)
 _MOST_CHUNK, _LEAST_CHUNK = 1024, 16
 _LEAST_CHANNELS = 8
 _MOST_BLOCK = 1024  # after descent, larger blocks of GPTQ give no smaller loss, and take cubic time
+_QUANTIZER_VALUES = 4  # tensors that a quantizer keeps for the way back, masks and chance included
+_BACKWARD_ARRAYS = 4  # gradients on the way back, of the largest value
+_STATE_ARRAYS = 14  # of each weight of a block: codes, what Adam holds, the candidates
+_WEIGHT_ARRAYS = 8  # of the weight whose rounding is just computed
 
 
 @dataclass(frozen=True)
@@ -70,6 +76,23 @@ class GroupPlan:
 
 
 @dataclass(frozen=True)
+class BlockPlan:
+    """How one block is reconstructed.
+
+    Attributes:
+        name: Of the block.
+        layers: How many are rounded together.
+        peak_bytes: In memory at most, while it is trained.
+        stored_bytes: In the store for one sample, as float32, beyond what waits there anyway.
+    """
+
+    name: str
+    layers: int
+    peak_bytes: int
+    stored_bytes: int
+
+
+@dataclass(frozen=True)
 class Plan:
     """What will be done, and what it takes in bytes.
 
@@ -81,6 +104,7 @@ class Plan:
         store_bytes: What the store may hold in memory.
         peak_bytes: In memory, beside runtime and weights.
         disk_bytes: In the scratch folder, at most.
+        blocks: In execution order; none without reconstruction.
     """
 
     groups: tuple[GroupPlan, ...]
@@ -90,6 +114,7 @@ class Plan:
     store_bytes: int
     peak_bytes: int
     disk_bytes: int
+    blocks: tuple[BlockPlan, ...] = ()
 
     def describe(self) -> str:
         """A few lines for a user."""
@@ -98,17 +123,27 @@ class Plan:
             modes[group.moments.mode] = modes.get(group.moments.mode, 0) + len(group.layers)
         layers = ", ".join(f"{count} {mode}" for mode, count in modes.items())
         widest = max(self.groups, key=lambda group: group.peak_bytes)
+        largest = max(self.blocks, key=lambda block: block.peak_bytes, default=None)
+        training = f", block `{largest.name}` {largest.peak_bytes / MIB:.0f}" if largest else ""
+        blocks = f", {sum(block.layers for block in self.blocks)} again in {len(self.blocks)} blocks" if largest else ""
         return (
-            f"AdaRound of {sum(modes.values())} layers in {len(self.groups)} groups ({layers}), "
+            f"AdaRound of {sum(modes.values())} layers in {len(self.groups)} groups ({layers}){blocks}, "
             f"{self.samples} samples, {self.held_out} of them held out\n"
             f"memory {self.peak_bytes / MIB:.1f} MiB at most (one sample {self.sample_bytes / MIB:.0f}, moments of "
-            f"`{widest.layers[0].name}` {widest.peak_bytes / MIB:.0f}, store {self.store_bytes / MIB:.0f}), "
+            f"`{widest.layers[0].name}` {widest.peak_bytes / MIB:.0f}{training}, store {self.store_bytes / MIB:.0f}), "
             f"disk {self.disk_bytes / MIB:.1f} MiB"
         )
 
 
 def make_plan(
-    segmented: SegmentedGraph, *, samples: int, held_out: int, budget_bytes: int, item_bytes: int = 2
+    segmented: SegmentedGraph,
+    *,
+    samples: int,
+    held_out: int,
+    budget_bytes: int,
+    item_bytes: int = 2,
+    blocks: Sequence[Block] = (),
+    quantizers: bool = False,
 ) -> Plan:
     """Plan AdaRound of a graph.
 
@@ -118,17 +153,21 @@ def make_plan(
         held_out: How many of them only judge.
         budget_bytes: Memory for everything beside runtime and weights.
         item_bytes: Of a float in the store.
+        blocks: That are reconstructed.
+        quantizers: The graph's quantizers are active while they are.
 
     Raises:
         PreconditionError: There are no samples to fit codes to.
-        BudgetError: A layer, or one sample, does not fit.
+        BudgetError: A layer, a block, or one sample, does not fit.
     """
     if samples - held_out < 1:
         raise PreconditionError(
             f"{samples} calibration samples, {held_out} of them held out", hint="AdaRound fits codes to one or more"
         )
     sample_bytes = _sample_bytes(segmented)
-    frontier = samples * _frontier_items(segmented) * item_bytes
+    block_plans = tuple(_plan_block(block, quantizers=quantizers) for block in blocks)
+    stored = max((block.stored_bytes for block in block_plans), default=0) // _FLOAT
+    frontier = samples * (_frontier_items(segmented) + stored) * item_bytes
     # Disk serves the store well, as it is read in order; moments are faster in memory.
     store_bytes = min(frontier, budget_bytes // 4, budget_bytes - sample_bytes)
     if store_bytes < 0:
@@ -138,12 +177,34 @@ def make_plan(
             hint=f"give at least {sample_bytes / MIB:.1f} MiB, or calibrate on smaller tiles",
         )
     counts = samples - held_out, held_out
+    for block in block_plans:
+        if block.peak_bytes + store_bytes > budget_bytes:
+            needed = block.peak_bytes + store_bytes
+            raise BudgetError(
+                f"the {block.layers} layers of block `{block.name}` need {needed / MIB:.1f} MiB together, "
+                f"the budget is {budget_bytes / MIB:.1f} MiB",
+                hint=f"give at least {needed / MIB:.1f} MiB, reconstruct smaller blocks, or leave it at moments",
+            )
     groups = [_plan_group(group, counts, budget_bytes - store_bytes, budget_bytes) for group in segmented.groups]
     tiles = max((g.moments.disk_bytes + (g.held_out.disk_bytes if g.held_out else 0) for g in groups), default=0)
-    peak = store_bytes + max([sample_bytes, *(group.peak_bytes for group in groups)])
-    return Plan(
-        tuple(groups), samples, held_out, sample_bytes, store_bytes, peak, max(0, frontier - store_bytes) + tiles
+    peak = store_bytes + max(
+        [sample_bytes, *(one.peak_bytes for one in groups), *(one.peak_bytes for one in block_plans)]
     )
+    disk = max(0, frontier - store_bytes) + tiles
+    return Plan(tuple(groups), samples, held_out, sample_bytes, store_bytes, peak, disk, block_plans)
+
+
+def _plan_block(block: Block, *, quantizers: bool) -> BlockPlan:
+    """What training takes: one sample's values for the way back, and the state of every weight."""
+    sizes = [
+        (_QUANTIZER_VALUES if quantizers else 0) * size(node) if node.op == "call_module" else size(node)
+        for step in block.steps
+        for node in step.nodes
+    ]
+    values = sum(sizes) + _BACKWARD_ARRAYS * max(sizes) + block.stored_bytes
+    weights = [_FLOAT * layer.out_channels * layer.columns for layer in block.layers]
+    training = values + _STATE_ARRAYS * sum(weights) + _WEIGHT_ARRAYS * max(weights)
+    return BlockPlan(block.name, len(block.layers), training, block.stored_bytes)
 
 
 def _sample_bytes(segmented: SegmentedGraph) -> int:

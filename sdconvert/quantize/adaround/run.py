@@ -1,6 +1,7 @@
 """AdaRound of a traced graph: plan, advance, solve, commit; group after group, each resumable."""
 
 import hashlib
+import itertools
 import json
 import math
 import shutil
@@ -21,11 +22,15 @@ from sdconvert.io.encodings import Encoding
 from sdconvert.memory import return_freed_memory
 from sdconvert.metrics import sqnr_db
 from sdconvert.quantize.adaround.advance import FLOATING, QUANTIZED, Frontiers
+from sdconvert.quantize.adaround.block_rounds import BlockRounds
+from sdconvert.quantize.adaround.blocks import Block, BlockFigures, find_blocks
 from sdconvert.quantize.adaround.code_grid import CodeGrid
 from sdconvert.quantize.adaround.commit import Commits, CommittedGroup, parameter_encodings
+from sdconvert.quantize.adaround.layers import RoundedLayer
 from sdconvert.quantize.adaround.moments import Channels, GramMoments, LayerGroup, Moments, Source
 from sdconvert.quantize.adaround.offsets import OffsetMoments, by_offsets, gram_by_offsets
 from sdconvert.quantize.adaround.plan import GroupPlan, MomentsPlan, Plan, make_plan
+from sdconvert.quantize.adaround.reconstruct import Reconstruction
 from sdconvert.quantize.adaround.solve import LayerFigures, LayerResult, SolverSettings, join, solve
 from sdconvert.quantize.adaround.steps import RoundedGroup, SegmentedGraph
 from sdconvert.quantize.adaround.store import ActivationStore
@@ -47,6 +52,7 @@ class AdaRoundSettings:
         held_out: Share of the samples that only judge.
         budget_bytes: Memory beside runtime and weights.
         half_precision: Waiting tensors are float16, not float32.
+        reconstruct: What is rounded again in blocks; None: nothing.
     """
 
     solver: SolverSettings = field(default_factory=SolverSettings)
@@ -55,6 +61,7 @@ class AdaRoundSettings:
     held_out: float = 0.1
     budget_bytes: int = 1 << 30
     half_precision: bool = True
+    reconstruct: Reconstruction | None = None
 
     def held_out_samples(self, count: int) -> list[int]:
         """Which of `count` samples only judge: evenly spread, for their order is that of pictures and timesteps."""
@@ -97,6 +104,11 @@ class AdaRoundResult:
     resumed: int
     cpu_seconds: Mapping[str, float]
     output_sqnr_db: float
+
+    @property
+    def blocks(self) -> tuple[BlockFigures, ...]:
+        """Of the blocks that were reconstructed, in execution order."""
+        return tuple(group.block for group in self.groups if group.block)
 
     @property
     def figures(self) -> dict[str, LayerFigures]:
@@ -160,16 +172,24 @@ def plan_adaround(graph_module: GraphModule, grids: Collection[str], settings: A
         UsageError: A weight is none of the graph.
         BudgetError: A layer or a sample does not fit the budget.
     """
-    return _plan(SegmentedGraph(graph_module, grids), settings, samples)
+    segmented = SegmentedGraph(graph_module, grids)
+    return _plan(segmented, settings, samples, _blocks(segmented, settings))
 
 
-def _plan(segmented: SegmentedGraph, settings: AdaRoundSettings, samples: int) -> Plan:
+def _blocks(segmented: SegmentedGraph, settings: AdaRoundSettings) -> tuple[Block, ...]:
+    wanted = settings.reconstruct
+    return find_blocks(segmented, wanted.kind, paths=wanted.paths, largest=wanted.largest) if wanted else ()
+
+
+def _plan(segmented: SegmentedGraph, settings: AdaRoundSettings, samples: int, blocks: Sequence[Block]) -> Plan:
     return make_plan(
         segmented,
         samples=samples,
         held_out=len(settings.held_out_samples(samples)),
         budget_bytes=settings.budget_bytes,
         item_bytes=2 if settings.half_precision else 4,
+        blocks=tuple(blocks),
+        quantizers=settings.quantizers,
     )
 
 
@@ -189,7 +209,8 @@ class _Run:
         self._fixed, self._done = fixed, list[CommittedGroup]()
         self._current: dict[str, Tensor] = {}
         self._seconds: Counter[str] = Counter()
-        self.plan = _plan(segmented, settings, count)
+        self._blocks = _blocks(segmented, settings)
+        self.plan = _plan(segmented, settings, count, self._blocks)
 
     def __call__(self, samples: Samples, report: Report) -> AdaRoundResult:
         segmented, settings = self._segmented, self._settings
@@ -207,23 +228,32 @@ class _Run:
             digest = _Digest(settings, segmented.parameters(), self._grids, self._fixed)
             with self._timed("forward"):
                 frontiers.ingest(digest.following(samples), lambda index: f"calibration sample {index}")
-            fingerprints = [digest.of(index, group) for index, group in enumerate(segmented.groups)]
-            commits.sweep(fingerprints)
+            fingerprints = [digest.of(index, group.layers) for index, group in enumerate(segmented.groups)]
+            rounds = self._rounds(frontiers, store, commits, digest)
+            self._done += rounds.finished
+            wanted = [not {layer.name for layer in group.layers} <= rounds.covered for group in segmented.groups]
+            commits.sweep([*itertools.compress(fingerprints, wanted), *rounds.fingerprints])
             for index, group in enumerate(segmented.groups):
                 report(index, len(segmented.groups), group.layers[0].name)
                 self._current.clear()
                 with self._timed("forward"):
                     frontiers.advance(index, self._weight)
-                committed = commits.find(fingerprints[index], group.layers, self._grids)
-                resumed += committed is not None
-                if committed is None:
+                rounds.before(index)
+                committed = commits.find(fingerprints[index], group.layers, self._grids) if wanted[index] else None
+                resumed += committed is not None or not wanted[index]
+                if committed is None and wanted[index]:
                     results = self._solve(group, self.plan.groups[index], frontiers)
                     committed = commits.commit(fingerprints[index], group.layers, results)
                     return_freed_memory()
-                self._done.append(committed)
+                if committed is not None:
+                    self._done.append(committed.without(rounds.covered))
+                self._current.clear()
+                rounds.behind(index, self._done)
             self._current.clear()
             with self._timed("forward"):
                 output = self._output_sqnr_db(frontiers)
+        order = [layer.name for group in segmented.groups for layer in group.layers]
+        self._done.sort(key=lambda group: min(order.index(name) for name in group.layers))
         return AdaRoundResult(tuple(self._done), self.plan, frontiers.forwards, resumed, self._seconds, output)
 
     @contextmanager
@@ -231,6 +261,22 @@ class _Run:
         start = time.process_time()
         yield
         self._seconds[what] += time.process_time() - start
+
+    def _rounds(self, frontiers: Frontiers, store: ActivationStore, commits: Commits, digest: "_Digest") -> BlockRounds:
+        return BlockRounds(
+            self._blocks,
+            self._settings.reconstruct,
+            self._segmented,
+            frontiers,
+            store,
+            commits,
+            self._grids,
+            fitted=self._fitted,
+            judging=self._held_out or self._fitted,
+            quantizers=self._settings.quantizers,
+            weights=self._weight,
+            fingerprint=lambda block: digest.of(block.name, block.layers),
+        )
 
     def _weight(self, name: str) -> Tensor | None:
         """The quantized path's value of a parameter, kept until the next segment."""
@@ -314,10 +360,15 @@ class _Digest:
                 self._add(name, tensor)
             yield sample
 
-    def of(self, index: int, group: RoundedGroup) -> str:
-        """Of one group."""
+    def of(self, place: int | str, layers: Sequence[RoundedLayer]) -> str:
+        """Of one group or block.
+
+        Args:
+            place: Index of the group, or name of the block.
+            layers: Of it.
+        """
         own = self._hash.copy()
-        own.update(f"{index} {[layer.name for layer in group.layers]}".encode())
+        own.update(f"{place} {[layer.name for layer in layers]}".encode())
         return own.hexdigest()
 
     def _add(self, name: str, tensor: Tensor) -> None:

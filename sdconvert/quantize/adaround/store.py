@@ -76,12 +76,21 @@ class ActivationStore:
             UsageError: There is none.
         """
         tensor = self.look(key)
+        self.release(key)
+        return tensor
+
+    def release(self, key: Hashable) -> None:
+        """Count one use of a tensor, without reading it.
+
+        Raises:
+            UsageError: There is none.
+        """
+        self._require(key)
         stored, uses = self._held[key]
         if uses > 1:
             self._held[key] = stored, uses - 1
         else:
             self._drop(key)
-        return tensor
 
     def look(self, key: Hashable) -> Tensor:
         """A tensor that is not taken by that.
@@ -89,15 +98,40 @@ class ActivationStore:
         Raises:
             UsageError: There is none.
         """
-        if key not in self._held:
-            raise UsageError(f"`{key}` is not stored", hint="it was never put, or taken as often as was said")
+        self._require(key)
         return self._held[key][0].read()
+
+    def hold(self, key: Hashable) -> None:
+        """Have a tensor stay for one more use.
+
+        Raises:
+            UsageError: There is none.
+        """
+        self._require(key)
+        stored, uses = self._held[key]
+        self._held[key] = stored, uses + 1
+
+    def replace(self, key: Hashable, tensor: Tensor) -> None:
+        """Put another tensor in a tensor's place, for as many uses as are left.
+
+        Raises:
+            UsageError: There is none.
+            EnvironmentProblem: The disk is full.
+        """
+        self._require(key)
+        _, uses = self._held[key]
+        self._drop(key)
+        self.put(key, tensor, uses)
 
     def close(self) -> None:
         """Forget everything, and remove the folder."""
         self._held.clear()
         self.memory_bytes = self.disk_bytes = 0
         shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _require(self, key: Hashable) -> None:
+        if key not in self._held:
+            raise UsageError(f"`{key}` is not stored", hint="it was never put, or taken as often as was said")
 
     def _drop(self, key: Hashable) -> None:
         stored, _ = self._held.pop(key)
