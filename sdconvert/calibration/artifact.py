@@ -8,6 +8,8 @@ from torch import Tensor
 from sdconvert.calibration.store import ActivationStore
 from sdconvert.io.tensors import load_tensors
 
+__all__ = ["ActivationStore", "CalibrationArtifact"]
+
 
 @dataclass(frozen=True)
 class CalibrationArtifact:

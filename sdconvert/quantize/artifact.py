@@ -11,7 +11,7 @@ from sdconvert.artifacts import read_json
 from sdconvert.io.encodings import read_encodings, write_encodings
 from sdconvert.io.tensors import load_tensors
 from sdconvert.quantize.files import from_sections, to_sections
-from sdconvert.quantize.settings import QuantizerSettings
+from sdconvert.quantize.settings import QuantizerSettings, settings_of
 from sdconvert.quantize.simulation import Simulation
 
 __all__ = ["QuantizeArtifact", "QuantizerSettings", "Simulation", "load_simulation", "save_simulation"]
@@ -47,15 +47,21 @@ class QuantizeArtifact:
 
 
 def load_simulation(
-    encodings: Path, adapter: ModelAdapter, example: Tensors, settings: QuantizerSettings
+    encodings: Path, adapter: ModelAdapter, example: Tensors, settings: QuantizerSettings | None = None
 ) -> Simulation:
     """Trace a model and set its quantizers from a file.
+
+    Args:
+        encodings: The file.
+        adapter: Covers the model.
+        example: One set of graph inputs.
+        settings: That the ranges were taken with; None: what the file's grids tell of them.
 
     Raises:
         EncodingsError: The file does not fit the graph exactly.
     """
-    simulation = Simulation(adapter, example, settings)
     sections: dict[str, Any] = read_encodings(encodings)
+    simulation = Simulation(adapter, example, settings or settings_of(sections["param_encodings"]))
     simulation.load(from_sections(sections, simulation))
     return simulation
 
