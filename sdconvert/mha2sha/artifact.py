@@ -6,9 +6,9 @@ from pathlib import Path
 from sdconvert.adapters import ModelAdapter, Tensors
 from sdconvert.artifacts import read_json
 from sdconvert.mha2sha.forms import rewrite_to_sha
+from sdconvert.mha2sha.name_map import NAME
 from sdconvert.quantize.artifact import QuantizerSettings, Simulation, load_simulation
 
-GRAPHS = ("controlnet", "unet")
 HEAD_RANGES = "head_ranges.json"
 AGREEMENT = "sha_vs_mha.json"
 
@@ -22,6 +22,10 @@ class Mha2ShaArtifact:
     def graph_folder(self, graph: str) -> Path:
         """Holds `state_dict_sha.safetensors`, `parameters_sha.encodings` and `<graph>.encodings`."""
         return self.folder / graph
+
+    def graphs(self) -> list[str]:
+        """Names of the graphs that have attention, which is per head now."""
+        return sorted(path.parent.name for path in self.folder.glob(f"*/{NAME}"))
 
     def head_ranges(self, graph: str) -> dict[str, dict[str, float]]:
         """SQNR per attention layer and at the output, with inherited and with own ranges; empty if none were taken."""

@@ -12,7 +12,6 @@ from sdconvert.errors import QualityGateError
 from sdconvert.io.encodings import read_encodings, write_encodings, write_params
 from sdconvert.io.tensors import save_tensors
 from sdconvert.metrics import worst_sqnr_db
-from sdconvert.mha2sha.artifact import GRAPHS
 from sdconvert.mha2sha.command import convert_folder
 from sdconvert.mha2sha.fold import fold_scales, fold_sections
 from sdconvert.mha2sha.layers import Forward, relative_errors
@@ -37,16 +36,17 @@ def run(context: StageContext) -> dict[str, Any]:
     references = [run_both(one) for one in inputs]
     metrics: dict[str, Any] = {}
     recipe = context.recipe.mha2sha
-    for done, graph in enumerate(GRAPHS):
-        context.report.step(done, len(GRAPHS), graph)
-        proof = _proof(adapters[graph], data, quantized, recalibrate=recipe.activation_encodings == "recalibrate")
+    attending = {graph: adapter for graph, adapter in adapters.items() if adapter.attention_layers()}
+    for done, (graph, adapter) in enumerate(attending.items()):
+        context.report.step(done, len(attending), graph)
+        proof = _proof(adapter, data, quantized, recalibrate=recipe.activation_encodings == "recalibrate")
         folder = context.out / graph
         summary = convert_folder(quantized.graph_folder(graph), folder, rewrites=recipe.rewrites, proof=proof)
         figures = {"heads": summary.heads, **summary.figures}
         if recipe.fold_scale:
-            figures |= _fold(adapters[graph], data, folder, quantized.settings())
+            figures |= _fold(adapter, data, folder, quantized.settings())
         metrics |= {f"{graph}_{name}": value for name, value in figures.items()}
-    # Both models have their SHA form by now: each alone is right, and so must be what they do together.
+    # UNet and ControlNet have their SHA form by now: each alone is right, and so must be what they do together.
     outputs = [{"out_sample": run_both(one)} for one in inputs]
     errors = relative_errors(Forward([{"out_sample": one} for one in references], []), Forward(outputs, []))
     require_small("the UNet behind its ControlNet", errors)
