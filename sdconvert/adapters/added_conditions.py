@@ -1,6 +1,7 @@
 """SDXL's added conditions: the pooled text, and sinusoids of the picture's size, crop and target size."""
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -29,6 +30,13 @@ def added_condition_specs(model: Any, size: GraphSize) -> tuple[TensorSpec, ...]
             hint="SDXL has 6 time_ids, its refiner 5",
         )
     return TensorSpec("text_embeds", (1, text)), TensorSpec("time_embeds", (1, sinusoids), range=(-1.0, 1.0))
+
+
+def with_time_ids(model: Any, size: GraphSize, inputs: Tensors) -> GraphSize:
+    """A graph's size with the number of time ids that its `time_embeds` holds."""
+    if not has_added_conditions(model) or "time_embeds" not in inputs:
+        return size
+    return replace(size, time_ids=inputs["time_embeds"].shape[-1] // model.config.addition_time_embed_dim)
 
 
 def pack_added_conditions(model: Any, given: Mapping[str, Any] | None) -> Tensors:

@@ -15,7 +15,16 @@ from torch import Tensor, nn
 
 from sdconvert.adapters.capabilities import AdapterCapabilities
 from sdconvert.adapters.layers import attending_layers
-from sdconvert.adapters.spec import AttentionLayer, BlockRef, GraphSize, IOSpec, Tensors, TensorSpec, random_inputs
+from sdconvert.adapters.spec import (
+    AttentionLayer,
+    BlockRef,
+    GraphSize,
+    IOSpec,
+    Tensors,
+    TensorSpec,
+    random_inputs,
+    specs,
+)
 from sdconvert.errors import UsageError
 from sdconvert.models.attention_processors import BRING_TO_PLAIN_FORM
 from sdconvert.registry import ClassRegistry, Offender, refuse_together
@@ -78,6 +87,35 @@ class ModelAdapter(ABC):
     def dummy_inputs(self, spec: IOSpec | None = None, seed: int = 0) -> Tensors:
         """Random inputs of the graph, the same for the same seed; see `random_inputs`."""
         return random_inputs(spec or self.io_spec(), seed)
+
+    def size_of(self, inputs: Tensors) -> GraphSize:
+        """The size of the graph that takes such inputs, as far as they tell: the first picture's, the first text's."""
+        height, width = next((one.shape[2:] for one in inputs.values() if one.ndim == 4), (None, None))
+        texts = (
+            one.shape[1] for one in inputs.values() if one.ndim == 3 or (one.ndim == 2 and one.dtype == torch.int32)
+        )
+        return GraphSize(height, width, next(texts, GraphSize.tokens))
+
+    def require_inputs(self, inputs: Tensors) -> None:
+        """Check that the graph takes these inputs, in this order.
+
+        Raises:
+            UsageError: A name, shape or type is another; the message says which.
+        """
+        expected = self.io_spec(self.size_of(inputs)).inputs
+        found = specs(inputs)
+        model = f"the {self.graph_name} graph of a {type(self.model).__name__}"
+        if [one.name for one in found] != [one.name for one in expected]:
+            raise UsageError(
+                f"the inputs {', '.join(inputs) or 'of no name'} are not those of {model}",
+                hint=f"it takes {', '.join(one.name for one in expected)}",
+            )
+        for one, other in zip(expected, found, strict=True):
+            if (one.shape, one.dtype) != (other.shape, other.dtype):
+                raise UsageError(
+                    f"`{one.name}` is {other.dtype} {list(other.shape)}; {model} takes {one.dtype} {list(one.shape)}",
+                    hint="give inputs of this model, as the calibration of its own pipeline makes them",
+                )
 
     def surgery(self) -> ExitStack:
         """Changes of the model that hold while it is a static graph; leaving the stack undoes them."""

@@ -13,6 +13,7 @@ from sdconvert.adapters.added_conditions import (
     call_with_added_conditions,
     pack_added_conditions,
     unsupported_conditions,
+    with_time_ids,
 )
 from sdconvert.adapters.base import (
     AdapterRegistry,
@@ -135,6 +136,10 @@ class ControlNetModelAdapter(ModelAdapter):
         shapes = residual_shapes(config, area)
         names = self.output_names(len(shapes))
         return IOSpec(inputs, tuple(TensorSpec(name, shape) for name, shape in zip(names, shapes, strict=True)))
+
+    def size_of(self, inputs: Tensors) -> GraphSize:
+        """See `ModelAdapter.size_of`."""
+        return with_time_ids(self.model, super().size_of(inputs), inputs)
 
     def block_paths(self) -> list[str]:
         """See `ModelAdapter.block_paths`."""

@@ -1,16 +1,16 @@
-"""Read one model folder of any registered family: `config.json` names the class, the weights must fit exactly."""
+"""Read one model of any registered family, or of PASD: its config names the class, the weights must fit exactly."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sdconvert.adapters.base import AdapterRegistry
 from sdconvert.errors import CheckpointError, UnsupportedModelError
 from sdconvert.io.tensors import load_tensors, weights_file
 from sdconvert.models.config_json import making_model, read_config
+from sdconvert.models.pasd import build_like_pasd
 
 _SHOWN = 5
 _OLD_PREFIX = "text_model."
@@ -28,33 +28,67 @@ def load_model(folder: Path) -> nn.Module:
         CheckpointError: Something is missing or damaged, or config and weights do not fit each other.
     """
     config = read_config(folder / "config.json")
+    stem = "diffusion_pytorch_model" if "_class_name" in config else "model"
+    path = weights_file(folder, stem)
+    return make_model(config, load_tensors(path), path)
+
+
+def make_model(config: Mapping[str, Any], weights: Mapping[str, Tensor], path: Path) -> nn.Module:
+    """Make a model in float32 and evaluation mode.
+
+    Args:
+        config: As in `config.json`; it names the class.
+        weights: The model's, of any type; they are copied.
+        path: Of the weights, for messages.
+
+    Raises:
+        UnsupportedModelError: No family covers the class that the config names.
+        CheckpointError: The config makes no model, or another than the weights'.
+    """
+    model = _build(config, weights.keys(), path.parent)
+    load_weights(model, weights, path)
+    return model.eval()
+
+
+def load_weights(model: nn.Module, weights: Mapping[str, Tensor], path: Path) -> None:
+    """Copy weights of any type into a model, strictly.
+
+    Args:
+        model: As it is today, whatever version of transformers wrote the weights.
+        weights: The model's.
+        path: Of the weights, for messages.
+
+    Raises:
+        CheckpointError: They are not exactly those of the model, which keeps its own.
+    """
+    expected = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
+    weights = {_name_of_today(key, expected): tensor for key, tensor in weights.items() if not key.endswith(_POSITIONS)}
+    found = {key: tuple(tensor.shape) for key, tensor in weights.items()}
+    if odd := sorted(key for key in expected.keys() | found.keys() if expected.get(key) != found.get(key)):
+        raise CheckpointError(
+            f"`{path}` does not fit a {type(model).__name__}: {len(odd)} tensors are missing, unexpected or of another "
+            f"shape, {', '.join(odd[:_SHOWN])}",
+            hint="config.json and weights must come from the same checkpoint, and agree on the heads",
+        )
+    # Copied into memory of the model: tensors that map the file follow its alignment, and kernels round by alignment.
+    model.load_state_dict(weights)
+
+
+def _build(config: Mapping[str, Any], keys: Collection[str], folder: Path) -> nn.Module:
+    if (pasd := build_like_pasd(config, keys)) is not None:
+        return pasd
     name = config.get("_class_name") or next(iter(config.get("architectures") or ()), None)
-    classes = {origin.__name__: origin for origin in AdapterRegistry.entries()}
+    classes: dict[str, Any] = {origin.__name__: origin for origin in AdapterRegistry.entries()}
     if name not in classes:
         raise UnsupportedModelError(
             f"`{folder}` holds a {name or 'model of unnamed class'}; {AdapterRegistry.known()}",
             hint=f"register a family for it: `@AdapterRegistry.register({name or 'TheClass'})`",
         )
+    cls = classes[name]
     with making_model(f"the config in `{folder}`", name):
-        model = _build(classes[name], config)
-    stem = "diffusion_pytorch_model" if "_class_name" in config else "model"
-    path = weights_file(folder, stem)
-    tensors = {key: tensor.to(torch.float32, copy=True) for key, tensor in load_tensors(path).items()}
-    expected = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
-    tensors = {_name_of_today(key, expected): tensor for key, tensor in tensors.items() if not key.endswith(_POSITIONS)}
-    found = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
-    if odd := sorted(key for key in expected.keys() | found.keys() if expected.get(key) != found.get(key)):
-        raise CheckpointError(
-            f"`{path}` does not fit a {name}: {len(odd)} tensors are missing, unexpected or of another shape, "
-            f"{', '.join(odd[:_SHOWN])}",
-            hint="config.json and weights must come from the same checkpoint; PASD is loaded as a pipeline folder",
+        model: nn.Module = (
+            cls.from_config(config) if "_class_name" in config else cls(cls.config_class.from_dict(config))
         )
-    model.load_state_dict(tensors)
-    return model.eval()
-
-
-def _build(cls: Any, config: dict[str, Any]) -> nn.Module:
-    model: nn.Module = cls.from_config(config) if "_class_name" in config else cls(cls.config_class.from_dict(config))
     return model
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -13,6 +14,7 @@ from sdconvert.adapters.added_conditions import (
     call_with_added_conditions,
     pack_added_conditions,
     unsupported_conditions,
+    with_time_ids,
 )
 from sdconvert.adapters.base import (
     AdapterRegistry,
@@ -104,6 +106,11 @@ class UNet2DConditionModelAdapter(ModelAdapter):
             inputs += [TensorSpec(f"{_DOWN}_{k}", shape) for k, shape in enumerate(down)]
             inputs.append(TensorSpec(_MID, mid))
         return IOSpec(tuple(inputs), (sample_spec("out_sample", config.out_channels, area),))
+
+    def size_of(self, inputs: Tensors) -> GraphSize:
+        """See `ModelAdapter.size_of`."""
+        size = replace(super().size_of(inputs), controlnet=_MID in inputs)
+        return with_time_ids(self.model, size, inputs)
 
     def block_paths(self) -> list[str]:
         """See `ModelAdapter.block_paths`."""

@@ -9,7 +9,7 @@ from sdconvert.calibration.crops import TILE
 from sdconvert.calibration.store import ActivationStore
 from sdconvert.io.tensors import load_tensors
 
-__all__ = ["TILE", "CalibrationArtifact"]
+__all__ = ["TILE", "ActivationStore", "CalibrationArtifact"]
 
 
 @dataclass(frozen=True)

@@ -55,7 +55,7 @@ class ActivationWriter:
         folder.mkdir(parents=True, exist_ok=True)
         if (folder / _JOURNAL).exists():
             journal = read_json(folder / _JOURNAL)
-            self._index, self._shards = _infos(journal["samples"]), journal["shards"]
+            self._index, self._shards = _infos(folder / _JOURNAL, journal["samples"]), journal["shards"]
         self._resumed = frozenset(info.picture for info in self._index)
         for path in folder.glob("*.safetensors"):
             if path.name not in self._shards:
@@ -135,7 +135,7 @@ class ActivationStore:
         self._folder = folder
         if not (folder / _INDEX).is_file() or not (folder / _SHARDS).is_file():
             raise PreconditionError(f"`{folder}` holds no calibration samples", hint="run `sdconvert calibrate`")
-        self.infos = _infos(read_json(folder / _INDEX))
+        self.infos = _infos(folder / _INDEX, read_json(folder / _INDEX))
         self._shards: dict[str, dict[str, Any]] = read_json(folder / _SHARDS)
         self._verified: set[str] = set()
         for name, shard in self._shards.items():
@@ -228,8 +228,11 @@ def _spread(steps: list[int], count: int) -> list[int]:
     return sorted(chosen + rest[: count - len(chosen)])
 
 
-def _infos(entries: list[dict[str, Any]]) -> list[SampleInfo]:
-    return [SampleInfo(**{**entry, "inputs": tuple(entry["inputs"])}) for entry in entries]
+def _infos(path: Path, entries: Any) -> list[SampleInfo]:
+    try:
+        return [SampleInfo(**{**entry, "inputs": tuple(entry["inputs"])}) for entry in entries]
+    except (TypeError, KeyError) as error:
+        raise PreconditionError(f"`{path}` lists no samples: {error!r}", hint="calibrate again") from error
 
 
 def _command(folder: Path) -> str:

@@ -45,7 +45,6 @@ def resolve(
 
 
 def _resolve_recipe(pipe: Any, recipe: "Recipe") -> list[tuple[str, "Resolved"]]:
-    from sdconvert.mha2sha.artifact import GRAPHS
     from sdconvert.models.attention import SHAAttentionPatch
     from sdconvert.pipelines.backend import graph_adapters
     from sdconvert.plugins.resolve import Resolved, resolve_attached
@@ -54,7 +53,7 @@ def _resolve_recipe(pipe: Any, recipe: "Recipe") -> list[tuple[str, "Resolved"]]
     for name, adapter in graph_adapters(pipe, recipe.pipeline.conditioning_scale).items():
         with adapter.surgery():
             found += [(name, one) for one in resolve_attached(adapter.model)]
-        if name in GRAPHS:
+        if adapter.attention_layers():
             heads = SHAAttentionPatch.find_layers(adapter.model)
             label, selector = f"sha ({SHAAttentionPatch.__name__})", "cls(Attention):re:"
             found += [(name, Resolved(label, "patch", selector, m.path, type(m.module).__name__)) for m in heads]

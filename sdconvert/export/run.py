@@ -15,7 +15,6 @@ from sdconvert.export.artifact import ExportArtifact
 from sdconvert.export.operands import insert_operand_pairs
 from sdconvert.export.transposed_keys import take_keys_as_rows
 from sdconvert.metrics import worst_sqnr_db
-from sdconvert.mha2sha.artifact import GRAPHS as SHA_GRAPHS
 from sdconvert.mha2sha.artifact import Mha2ShaArtifact
 from sdconvert.pipelines.backend import graph_adapters
 from sdconvert.quantize.artifact import QuantizeArtifact, Simulation
@@ -59,9 +58,9 @@ def run(context: StageContext) -> dict[str, Any]:
 def final_simulation(context: StageContext, adapter: ModelAdapter, example: Tensors) -> Simulation:
     """The simulation of the graph that is shipped: SHA where attention was rewritten."""
     quantized = QuantizeArtifact(context.run.stage_folder("30-quantize"))
-    if adapter.graph_name not in SHA_GRAPHS:
-        return quantized.simulation(adapter.graph_name, adapter, example)
     rewritten = Mha2ShaArtifact(context.run.stage_folder("40-mha2sha"))
+    if adapter.graph_name not in rewritten.graphs():
+        return quantized.simulation(adapter.graph_name, adapter, example)
     return rewritten.simulation(adapter.graph_name, adapter, example, quantized.settings())
 
 

@@ -43,6 +43,20 @@ def load_tensors(path: Path, *, dtype: torch.dtype | None = None) -> dict[str, T
     return {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
 
 
+def load_every_tensor(path: Path) -> dict[str, Tensor]:
+    """Read all tensors of a model, as `load_tensors` reads one file.
+
+    Args:
+        path: A weights file, or the index of several.
+
+    Raises:
+        CheckpointError: As `load_tensors`, or the index is not that of its files.
+    """
+    index = read_index(path)
+    tensors = {name: tensor for file in index.files for name, tensor in load_tensors(file.path).items()}
+    return {name: tensors[name] for name in index.order}
+
+
 def iterate_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
     """Read the tensors of a weights file one after another, each into memory of its own.
 

@@ -1,9 +1,9 @@
 """`sdconvert mha2sha`: weights and encodings in MHA form → the SHA form, read again and compared; and back."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from sdconvert.artifacts import atomic_folder
 from sdconvert.errors import CheckpointError, UsageError
@@ -17,6 +17,17 @@ from sdconvert.mha2sha.source import Source, find_source, renamed, stem
 from sdconvert.mha2sha.state_dict import merge_weights, split_weights, verify_weights
 
 FORMATS = ("safetensors", "pth")
+
+
+class ModelProof(Protocol):
+    """Runs the model in both forms; see `sdconvert.mha2sha.proof.Proof`, which needs torch as nothing here does."""
+
+    @property
+    def samples(self) -> Any:
+        """What ranges per head are taken from, or None."""
+
+    def __call__(self, folder: Path) -> dict[str, float]:
+        """Compare a folder in SHA form with the model; return the worst figures."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +46,7 @@ class Mha2ShaSummary:
         left_alone: Attention layers that were not rewritten, and why.
         left_out: Entries of encodings files that have no place in the result, and why.
         files: Names of what was written.
+        figures: The worst of the proof; empty without one.
     """
 
     source: Path
@@ -48,6 +60,7 @@ class Mha2ShaSummary:
     left_alone: Mapping[str, str]
     left_out: Mapping[str, str]
     files: tuple[str, ...]
+    figures: Mapping[str, float] = field(default_factory=dict)
 
 
 def convert_folder(
@@ -59,7 +72,7 @@ def convert_folder(
     heads_file: Path | None = None,
     skip_unsupported: bool = False,
     rewrites: Sequence[str] = (),
-    keep_ranges: bool = False,
+    proof: ModelProof | None = None,
     verify: bool = True,
 ) -> Mha2ShaSummary:
     """Write the SHA form of a model; the source is not touched and `out` appears whole or not at all.
@@ -74,7 +87,7 @@ def convert_folder(
         skip_unsupported: Leave layers alone that cannot be split, instead of refusing the model; the summary names
             them.
         rewrites: Beside attention per head, by name: `sdconvert.models.rewrite_names.REWRITES`.
-        keep_ranges: Put the ranges of the rewritten layers into `heads.json`, for a result whose ranges will change.
+        proof: Runs the model in both forms before the result appears.
         verify: Read what was written and compare every tensor and every grid with the source's.
 
     Raises:
@@ -82,6 +95,7 @@ def convert_folder(
         EncodingsError: An encodings file does not fit.
         QualityGateError: What was written is not what was read.
         UsageError: An option has no effect or is missing.
+        SdconvertError: What the proof raises.
     """
     if format is not None and format not in FORMATS:
         raise UsageError(f"no format is called `{format}`", hint=f"choose {' or '.join(FORMATS)}")
@@ -89,18 +103,22 @@ def convert_folder(
     _require_other_folder(files, out)
     index = read_index(files.weights)
     heads = _heads(files, index.shapes, num_heads, heads_file)
-    left_alone: dict[str, str] = {}
-    if skip_unsupported:
-        splits, left_alone = plan_splits(index.shapes, heads)
-        heads = {layer: count for layer, count in heads.items() if layer not in left_alone}
-    else:
-        splits = head_splits(index.shapes, heads)
+    splits, left_alone = (
+        plan_splits(index.shapes, heads) if skip_unsupported else (head_splits(index.shapes, heads), {})
+    )
+    heads = {layer: count for layer, count in heads.items() if layer not in left_alone}
     splits = _in_order([*splits, *rewrite_splits(index.shapes, rewrites)], index.shapes)
     with atomic_folder(out) as partial:
         suffix = f".{format}" if format else None
         weights = split_weights(index, splits, partial, stem(Path(renamed(files.weights.name, "sha"))), suffix)
         records, left_out, grids = _split_encodings(
-            files, partial, splits, list(index.shapes), keep_ranges=keep_ranges, verify=verify
+            files,
+            partial,
+            splits,
+            list(index.shapes),
+            # For the reverse, `heads.json` keeps the ranges that the proof will change.
+            keep_ranges=proof is not None and proof.samples is not None,
+            verify=verify,
         )
         written = read_index(weights)
         tensors = verify_weights(index, written, splits) if verify else None
@@ -108,6 +126,7 @@ def convert_folder(
             (partial / files.config.name).write_bytes(files.config.read_bytes())
         layout = index.layout().model_dump(mode="json")
         NameMap(tuple(splits), heads, left_alone, layout, records, tuple(rewrites)).save(partial)
+        figures = proof(partial) if proof else {}
         names = tuple(sorted(path.name for path in partial.iterdir()))
     return Mha2ShaSummary(
         source=source,
@@ -121,6 +140,7 @@ def convert_folder(
         left_alone=left_alone,
         left_out=left_out,
         files=names,
+        figures=figures,
     )
 
 

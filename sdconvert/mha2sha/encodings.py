@@ -38,6 +38,7 @@ __all__ = [
 ]
 
 _NORM = "layer_norm.0"
+_HALVES = {"encoder", "decoder"}
 _SHA_HINT = "name the file with the MHA form"
 _LIKE_A_PARAMETER = re.compile(r"[^/].*\.(weight|bias)(_\d+)?")
 
@@ -247,14 +248,24 @@ def _require_mha(file: EncodingsFile, splits: Sequence[RowSplit], module_map: Mo
         )
 
 
+def _in_other_half(layer: str, found: Collection[str]) -> bool:
+    half = layer.partition(".")[0]
+    if half not in _HALVES:
+        return False
+    return {key.partition(".")[0] for key in found} & _HALVES == _HALVES - {half}
+
+
 def _require_whole_layers(file: EncodingsFile, splits: Sequence[RowSplit], found: Collection[str]) -> None:
-    """Entries of one projection and none of another are a damaged file; form 2 leaves float tensors out, by layer."""
+    """Entries of one projection and none of another are a damaged file; form 2 leaves float tensors out, by layer.
+
+    The graph of an autoencoder is one half of it: a file with entries of that half has none of the other.
+    """
     excluded = set(file.header.get("excluded_layers") or ())
     heads = ModuleMap(splits).heads
     wanted: dict[tuple[str, str], list[str]] = {}
     for split in splits:
         module, _, kind = split.parent.rpartition(".")
-        if split.layer in heads and module not in excluded:
+        if split.layer in heads and module not in excluded and not _in_other_half(split.layer, found):
             whole = split.layer if kind == "bias" or MIXED in file.tensors else ""
             wanted.setdefault((whole, kind), []).append(split.parent)
     for parents in wanted.values():

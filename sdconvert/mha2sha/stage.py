@@ -1,4 +1,4 @@
-"""Convert UNet and ControlNet per head, and prove on inputs of the pipeline that nothing changed."""
+"""Convert every graph that attends per head, and prove on inputs of the pipeline that nothing changed."""
 
 from pathlib import Path
 from typing import Any

@@ -52,6 +52,23 @@ def build_pasd(
     return _build_unet(unet_config, variant).eval(), _build_controlnet(controlnet_config).eval()
 
 
+def build_like_pasd(config: Mapping[str, Any], keys: Iterable[str]) -> nn.Module | None:
+    """Build the untrained UNet or ControlNet that a config and the names of weights are of, if it is one of PASD.
+
+    Args:
+        config: As in `config.json`; PASD's names the stock classes.
+        keys: Of the weights.
+
+    Raises:
+        CheckpointError: As `build_pasd`.
+        UnsupportedModelError: As `build_pasd`.
+    """
+    if config.keys() & _CONTROLNET_EXTRAS.keys():
+        return _build_controlnet(config)
+    variants = _variants(keys)
+    return _build_unet(config, variants[0]) if len(variants) == 1 else None
+
+
 def load_pasd(folder: Path | str) -> tuple[UNet2DConditionModel, ControlNetModel]:
     """Load PASD from the original layout: `unet/` and `controlnet/`, each with `config.json` and weights.
 
@@ -124,7 +141,7 @@ def _from_config(cls: type[nn.Module], config: Mapping[str, Any]) -> Any:
 
 def _variant(path: Path) -> Variant:
     keys = tensor_shapes(path)
-    found: list[Variant] = [v for v, part in _VARIANT_KEYS.items() if any(f".{part}." in key for key in keys)]
+    found = _variants(keys)
     if len(found) != 1:
         parts = " and ".join(f"`{part}`" for part in _VARIANT_KEYS.values())
         raise CheckpointError(
@@ -132,6 +149,11 @@ def _variant(path: Path) -> Variant:
             hint="a plain Stable Diffusion UNet has no pixel attention; name a PASD checkpoint",
         )
     return found[0]
+
+
+def _variants(keys: Iterable[str]) -> list[Variant]:
+    every = list(keys)
+    return [variant for variant, part in _VARIANT_KEYS.items() if any(f".{part}." in key for key in every)]
 
 
 def _load_weights(model: nn.Module, path: Path) -> None:

@@ -12,7 +12,7 @@ from sdconvert.io.encodings import read_encodings, write_encodings
 from sdconvert.io.tensors import load_tensors
 from sdconvert.quantize.files import from_sections, to_sections
 from sdconvert.quantize.mixed_precision import Choice, frontier, read_sensitivity
-from sdconvert.quantize.settings import QuantizerSettings
+from sdconvert.quantize.settings import QuantizerSettings, settings_of
 from sdconvert.quantize.simulation import Simulation
 
 __all__ = [
@@ -78,15 +78,22 @@ def size_against_quality(sensitivity: Path) -> list[Choice]:
 
 
 def load_simulation(
-    encodings: Path, adapter: ModelAdapter, example: Tensors, settings: QuantizerSettings
+    encodings: Path, adapter: ModelAdapter, example: Tensors, settings: QuantizerSettings | None = None
 ) -> Simulation:
     """Trace a model and set its quantizers from a file, which also says how many bits and which blocks weights have.
+
+    Args:
+        encodings: The file.
+        adapter: Covers the model.
+        example: One set of graph inputs.
+        settings: That the ranges were taken with; None: what the file's grids tell of them.
 
     Raises:
         EncodingsError: The file does not fit the graph exactly.
     """
     sections: dict[str, Any] = read_encodings(encodings)
-    simulation = Simulation(adapter, example, settings, sections["param_encodings"])
+    parameters = sections["param_encodings"]
+    simulation = Simulation(adapter, example, settings or settings_of(parameters), parameters)
     simulation.load(from_sections(sections, simulation))
     return simulation
 

@@ -13,7 +13,7 @@ from sdconvert.artifacts import Manifest, RunFolder, read_json
 from sdconvert.config import GatesSection, Recipe
 from sdconvert.errors import PreconditionError
 from sdconvert.export.artifact import ExportArtifact
-from sdconvert.mha2sha.artifact import GRAPHS, Mha2ShaArtifact
+from sdconvert.mha2sha.artifact import Mha2ShaArtifact
 from sdconvert.qnn.artifact import QnnArtifact
 from sdconvert.quantize.artifact import QuantizeArtifact, size_against_quality
 from sdconvert.report.pictures import measure_pictures
@@ -173,7 +173,7 @@ def _size_quality(recipe: Recipe) -> dict[str, Any]:
 
 def _head_ranges(rewritten: Mha2ShaArtifact) -> dict[str, dict[str, dict[str, float]]]:
     """Per graph, layer and at its output, with the parents' ranges and with the heads' own, where those were taken."""
-    every = {graph: rewritten.head_ranges(graph) for graph in GRAPHS}
+    every = {graph: rewritten.head_ranges(graph) for graph in rewritten.graphs()}
     return {graph: places for graph, places in every.items() if places}
 
 

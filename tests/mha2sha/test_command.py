@@ -17,6 +17,7 @@ from sdconvert.io.tensors import load_tensors, save_tensors
 from sdconvert.metrics import max_abs, worst_sqnr_db
 from sdconvert.mha2sha.artifact import Mha2ShaArtifact
 from sdconvert.mha2sha.command import convert_folder
+from sdconvert.mha2sha.forms import rewrite_to_sha
 from sdconvert.mha2sha.heads import attention_paths
 from sdconvert.models.attention import SHAAttention
 
@@ -201,8 +202,8 @@ def test_weights_that_do_not_fit_the_rewritten_model_are_refused(source: Path, t
     convert_folder(source, tmp_path / "out" / "unet", num_heads=4)
     case = small_case()
     before = case.adapter.run(case.samples[0])["out_sample"]
-    with pytest.raises(CheckpointError, match=r"the SHA weights of unet do not fit .* \d+ tensors, .*to_k_convs"):
-        Mha2ShaArtifact(tmp_path / "out").rewrite("unet", case.adapter)
+    with pytest.raises(CheckpointError, match=r"does not fit a UNet2DConditionModel: \d+ tensors .*to_k_convs"):
+        rewrite_to_sha(case.adapter, tmp_path / "out" / "unet")
     torch.testing.assert_close(case.adapter.run(case.samples[0])["out_sample"], before, rtol=0, atol=1e-5)
 
 

@@ -226,6 +226,18 @@ def typed(*names: str) -> dict[str, Any]:
 VECTOR = {"vector_dim": 2, "rows_per_block": 1, "cols_per_block": 1, "vector_stride": 1, "index_bw": 4}
 
 
+def test_the_half_of_an_autoencoder_that_is_no_part_of_the_graph_has_no_encodings() -> None:
+    shapes = {f"{half}.mid.to_{name}.weight": (4, 2) for half in ("encoder", "decoder") for name in "qkv"}
+    splits = head_splits(shapes, {"encoder.mid": 1, "decoder.mid": 1})
+    content = {f"decoder.mid.to_{name}.weight": INT for name in "qkv"}
+    split = split_encodings(parse_encodings(json.dumps(content)), splits, list(shapes))
+    assert list(split.file.params) == [f"decoder.mid.to_{name}_convs.0.weight" for name in "qkv"]
+    # Of a half that has some, it must have all.
+    content["encoder.mid.to_q.weight"] = INT
+    with pytest.raises(EncodingsError, match=r"none for `encoder\.mid\.to_k\.weight` \(2 are missing\)"):
+        split_encodings(parse_encodings(json.dumps(content)), splits, list(shapes))
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

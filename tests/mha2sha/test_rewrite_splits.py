@@ -16,8 +16,8 @@ from sdconvert.errors import CheckpointError
 from sdconvert.io.encodings import read_encodings_file, write_encodings
 from sdconvert.io.tensors import save_tensors
 from sdconvert.metrics import worst_sqnr_db
-from sdconvert.mha2sha.artifact import Mha2ShaArtifact
 from sdconvert.mha2sha.encodings import merge_encodings, split_encodings, verify_parameter_encodings
+from sdconvert.mha2sha.forms import rewrite_to_sha
 from sdconvert.mha2sha.heads import head_splits
 from sdconvert.mha2sha.name_map import NameMap
 from sdconvert.mha2sha.rewrites import rewrite_splits
@@ -133,9 +133,9 @@ def test_the_stage_s_folder_says_which_form_its_weights_are_in(tmp_path: Path, r
     save_tensors(converted, folder / "state_dict_sha.safetensors")
     heads = {layer.path: layer.heads for layer in case.adapter.attention_layers()}
     NameMap(tuple(splits), heads, rewrites=rewrites).save(folder)
-    Mha2ShaArtifact(tmp_path).rewrite("unet", case.adapter)
+    rewrite_to_sha(case.adapter, folder)
     assert case.adapter.model.state_dict().keys() == converted.keys()
     others = tuple(name for name in REWRITES if name not in rewrites)
     NameMap(tuple(splits), heads, rewrites=others).save(folder)
-    with pytest.raises(CheckpointError, match="the SHA weights of unet do not fit the rewritten model"):
-        Mha2ShaArtifact(tmp_path).rewrite("unet", copy.deepcopy(shared_case("unet")).adapter)
+    with pytest.raises(CheckpointError, match="does not fit a UNet2DConditionModel"):
+        rewrite_to_sha(copy.deepcopy(shared_case("unet")).adapter, folder)

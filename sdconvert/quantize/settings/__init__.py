@@ -1,6 +1,7 @@
 """Which tensor gets which bit-width and symmetry, per generation of the NPU: the JSON files beside this one."""
 
 import json
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from typing import Any, Literal
 
@@ -9,6 +10,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from sdconvert.config import LayerPrecision, Recipe
 from sdconvert.errors import UsageError
 from sdconvert.soc import find_soc
+
+_NEWEST = 85
 
 
 class Grid(BaseModel):
@@ -81,6 +84,16 @@ def load_settings(architectures: set[int]) -> QuantizerSettings:
         f"no quantizer settings cover {asked} together ({groups})",
         hint="convert for SoCs of one group per run: they need different precisions in attention",
     )
+
+
+def settings_of(parameters: Mapping[str, Sequence[Any]]) -> QuantizerSettings:
+    """Settings whose quantizers take the grids of a file: those bring their bit-width and symmetry, not their shape.
+
+    Args:
+        parameters: Entries of the file by parameter, one per tensor or one per channel.
+    """
+    per_channel = any(len(entries) > 1 for entries in parameters.values())
+    return load_settings({_NEWEST}).with_bitwidths(weight=8, activation=16, per_channel=per_channel)
 
 
 def quantizer_settings(recipe: Recipe) -> QuantizerSettings:
