@@ -218,14 +218,17 @@ def _spread(steps: list[int], count: int) -> list[int]:
     by_step: dict[int, list[int]] = {}
     for index, step in enumerate(steps):
         by_step.setdefault(step, []).append(index)
-    chosen: list[int] = []
-    for rank, indices in enumerate(by_step.values()):
-        # Quotas differ by one at most, and add up to the count if each step has enough.
-        quota = (rank + 1) * count // len(by_step) - rank * count // len(by_step)
-        quota = min(quota, len(indices))
-        chosen += [indices[int((i + rank / len(by_step)) * len(indices) / quota)] for i in range(quota)]
-    rest = [index for index in range(len(steps)) if index not in set(chosen)]
-    return sorted(chosen + rest[: count - len(chosen)])
+    quotas = dict.fromkeys(by_step, 0)
+    while sum(quotas.values()) < count:
+        # One to each step that has one left, until all are given out.
+        open_steps = [step for step, quota in quotas.items() if quota < len(by_step[step])]
+        for step in open_steps[: count - sum(quotas.values())]:
+            quotas[step] += 1
+    return sorted(
+        indices[int((i + rank / len(by_step)) * len(indices) / quotas[step])]
+        for rank, (step, indices) in enumerate(by_step.items())
+        for i in range(quotas[step])
+    )
 
 
 def _infos(path: Path, entries: Any) -> list[SampleInfo]:

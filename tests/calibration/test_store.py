@@ -1,6 +1,8 @@
 """Graph inputs on disk come back as they were written, in order, over any number of shards."""
 
+import itertools
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sdconvert.calibration import store
-from sdconvert.calibration.store import ActivationStore, ActivationWriter
+from sdconvert.calibration.store import ActivationStore, ActivationWriter, _spread
 from sdconvert.errors import PreconditionError, UsageError
 
 
@@ -187,3 +189,32 @@ def test_two_samples_of_one_name_are_refused(tmp_path: Path) -> None:
     writer.add({"x": torch.zeros(1)}, picture="cat", step=0, side="positive", tile=0)
     with pytest.raises(UsageError, match="cat-0-positive-0"):
         writer.add({"x": torch.ones(1)}, picture="cat", step=0, side="positive", tile=0)
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 6), st.integers(0, 3)), min_size=1, max_size=24, unique=True),
+    st.data(),
+)
+def test_part_of_a_store_shows_every_timestep_as_often(calls: list[tuple[int, int]], data: st.DataObject) -> None:
+    count = data.draw(st.integers(1, len(calls)))
+    chosen = _spread([step for _, step in calls], count)
+    assert chosen == sorted(set(chosen)) and len(chosen) == count
+    there = Counter(step for _, step in calls)
+    taken = Counter(calls[index][1] for index in chosen)
+    for one, other in itertools.permutations(there, 2):
+        # Only a step that is used up may be behind another one by more than rounding.
+        assert taken[one] >= taken[other] - 1 or taken[one] == there[one]
+
+
+def test_a_part_is_a_store(tmp_path: Path) -> None:
+    writer = ActivationWriter(tmp_path / "unet")
+    for picture, step in itertools.product("ab", range(4)):
+        writer.add({"x": torch.full((2,), float(step))}, picture=picture, step=step, side="posi", tile=0)
+    writer.close()
+    part = ActivationStore(tmp_path / "unet").spread(4)
+    assert len(part) == 4
+    assert sorted(float(one["x"][0]) for one in part) == [0, 1, 2, 3]
+    assert {info.picture for info in part.infos} == {"a", "b"}
+    assert len(ActivationStore(tmp_path / "unet")) == 8
+    with pytest.raises(UsageError, match="9 samples are asked for, .* holds 8"):
+        ActivationStore(tmp_path / "unet").spread(9)
