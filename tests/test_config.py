@@ -135,3 +135,19 @@ def test_every_field_is_described_and_a_recipe_needs_no_torch() -> None:
             assert "$ref" in field or field["description"], name
     code = "import sys, sdconvert.config; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("overrides", "samples"),
+    [
+        ([], "off"),
+        (["quantize.adaround=false"], "off"),
+        (["quantize.adaround=true"], None),
+        (["quantize.adaround={samples: 8}"], 8),
+        (["quantize.adaround.samples=8"], 8),
+        (["quantize.adaround=true", "quantize.adaround.samples=8"], 8),
+    ],
+)
+def test_adaround_is_off_or_on_with_what_is_said_of_it(overrides: list[str], samples: int | str | None) -> None:
+    section = load_recipe("pasd_tiny", overrides).quantize.adaround
+    assert (section.samples if section else "off") == samples
