@@ -7,11 +7,13 @@ import pytest
 import torch
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from model_families import CLIP, SD15_UNET, build
+from static_graphs import GOLDEN
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from sdconvert.adapters.loading import load_model
 from sdconvert.errors import CheckpointError, UnsupportedModelError
 from sdconvert.io.tensors import save_tensors
+from sdconvert.models.pasd import load_pasd
 
 SMALL = SD15_UNET | {"block_out_channels": [8, 8, 8, 8], "layers_per_block": 1}
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -53,6 +55,14 @@ def test_a_text_encoder_of_before_transformers_5_is_read(tmp_path: Path) -> None
     save_tensors(old, tmp_path / "model.safetensors")
     model = load_model(tmp_path)
     assert all(map(torch.equal, model.state_dict().values(), written.state_dict().values()))
+
+
+@pytest.mark.parametrize("variant", ["pasd", "pasd_light"])
+def test_pasd_is_told_from_the_stock_models_by_its_weights_and_config(variant: str) -> None:
+    for part, expected in zip(("unet", "controlnet"), load_pasd(GOLDEN / variant), strict=True):
+        state = load_model(GOLDEN / variant / part).state_dict()
+        assert state.keys() == expected.state_dict().keys()
+        assert all(torch.equal(state[key], tensor) for key, tensor in expected.state_dict().items())
 
 
 def test_a_class_without_a_family_gets_the_known_ones_and_the_line(folder: Path) -> None:

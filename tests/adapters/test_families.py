@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from sdconvert.adapters import AdapterRegistry, BlockRef, specs
+from sdconvert.errors import UsageError
 from sdconvert.mha2sha.head_counts import heads_from_config
 from sdconvert.mha2sha.heads import attention_paths, head_splits
 from sdconvert.mha2sha.state_dict import split_state_dict
@@ -42,6 +43,16 @@ def test_io_spec_from_the_config_is_what_the_graph_has(family: Family) -> None:
     bare = [[(one.name, one.shape, one.dtype) for one in part] for part in (spec.inputs, spec.outputs)]
     outputs = family.adapter.run(inputs)
     assert bare == [[(one.name, one.shape, one.dtype) for one in specs(part)] for part in (inputs, outputs)]
+
+
+def test_inputs_of_the_graph_tell_its_size_and_others_are_refused(family: Family) -> None:
+    inputs = family.adapter.pack(family.call)
+    family.adapter.require_inputs(inputs)
+    with pytest.raises(UsageError, match="are not those of the"):
+        family.adapter.require_inputs(inputs | {"another": torch.zeros(1)})
+    name, first = next(iter(inputs.items()))
+    with pytest.raises(UsageError, match=rf"`{name}` is int64 .*; the {family.adapter.graph_name} graph of"):
+        family.adapter.require_inputs(inputs | {name: first.long()})
 
 
 def test_every_input_changes_the_output(family: Family) -> None:
