@@ -13,6 +13,7 @@ from sdconvert.metrics import psnr_db, worst_sqnr_db
 from sdconvert.pipelines.backend import graph_adapters, swap_backends
 from sdconvert.pipelines.pasd import PASDPipeline
 from sdconvert.pipelines.sampling import sampling_arguments
+from sdconvert.quantize.estimators import require_known_kinds
 from sdconvert.quantize.files import to_sections
 from sdconvert.quantize.grid import fake_quantized
 from sdconvert.quantize.settings import quantizer_settings
@@ -32,6 +33,8 @@ def run(context: StageContext) -> dict[str, Any]:
     simulations = {
         graph: Simulation(adapter, next(iter(data.calibration(graph))), settings) for graph, adapter in adapters.items()
     }
+    kinds = {kind for one in simulations.values() for kind in one.quantizers.kinds.values()}
+    require_known_kinds(settings.estimators, kinds, settings.ranges)
     require_effect(settings.layers, {graph: one.quantizers.layers for graph, one in simulations.items()})
     for done, (graph, simulation) in enumerate(simulations.items()):
         context.report.step(done, len(adapters) + 1, graph)
