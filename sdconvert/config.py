@@ -141,6 +141,23 @@ class LayerPrecision(_Section):
     """Input channels that share a scale, in each output channel; all of them if not given."""
 
 
+class RangeEstimator(_Section):
+    """How a range of activations follows from what calibration shows."""
+
+    estimator: Literal["min_max", "percentile", "mse"] = "min_max"
+    """`min_max` clips nothing that was seen and adds a margin at 16 bits, `percentile` clips the tails, `mse` seeks the
+    least error of rounding and clipping together."""
+    percentile: float | None = Field(default=None, gt=50, lt=100)
+    """Percentage of values below the upper end, and as many above the lower; only for `percentile`."""
+
+    @model_validator(mode="after")
+    def _has_its_number(self) -> Self:
+        if (self.percentile is None) == (self.estimator == "percentile"):
+            what = "needs a percentile, as 99.99" if self.percentile is None else "takes no percentile"
+            raise ValueError(f"estimator {self.estimator} {what}")
+        return self
+
+
 class QuantizeSection(_Section):
     """Bit widths and rounding of the quantized model."""
 
@@ -154,6 +171,9 @@ class QuantizeSection(_Section):
     """Convolutions and linear layers with weights of another precision: `{PATTERN: {weight_bitwidth: 4}}`. A pattern is
     a module path in the model's own names, or as in a shell (`*` also stands for dots); with the name of a graph before
     it, for that graph alone: `unet:up_blocks.*.ff.*`. The last pattern that fits a layer counts."""
+    ranges: dict[str, RangeEstimator] = {"default": RangeEstimator()}
+    """How ranges of activations are taken, by the op that makes the tensor (`conv2d`, `linear`, `matmul`, `add`,
+    `layer_norm`, …; `input`, `constant`, `matmul_second_operand`) and `default` for all others."""
     adaround: AdaRoundSection | None = None
     """Choose the rounding of the weights by what it does to each layer's output (Nagel et al., "Up or Down?", 2020)
     instead of rounding to nearest; `true` stands for all defaults."""

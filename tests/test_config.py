@@ -85,7 +85,11 @@ def test_overrides_replace_exactly_what_they_name(steps: int, scale: float, per_
         ("checkpoint:\n  loras:\n  - {scale: 1}\n", r"line 2: `checkpoint.loras.0.path`", "schema"),
         ("checkpoint:\n  loras:\n  - {path: a, scale: 0}\n", r"a scale of 0 gives a no effect", "schema"),
         ("checkpoint:\n  loras:\n  - path: a\n    path: b\n", r"line 4: `checkpoint.loras.0.path` is given", "line 3"),
-        ("quantize:\n  layers:\n    a.b: {bits: 4}\n", r"line 3: unknown key `quantize.layers.a.b.bits`", "weight_bi"),
+        (
+            "quantize:\n  layers:\n    a.b: {weight_bitwidth: 4, bits: 4}\n",
+            r"line 3: unknown key `quantize.layers.a.b.bits`",
+            "weight_bi",
+        ),
         ("quantize:\n  layers:\n    a.b: {weight_bitwidth: 5}\n", r"line 3: `quantize.layers.a.b.*found 5", "schema"),
         ("quantize:\n  layers:\n    a: {block_size: 8}\n", r"line 3: `quantize.layers.a.weight_bitwidth`", "schema"),
         ("schema_version: 2\n", r"line 1: `schema_version`", "schema"),

@@ -12,6 +12,7 @@ from sdconvert.calibration.artifact import CalibrationArtifact
 from sdconvert.checkpoint.artifact import CheckpointArtifact
 from sdconvert.export.aimet import to_onnx
 from sdconvert.export.artifact import ExportArtifact
+from sdconvert.export.block_biases import adapt_block_biases
 from sdconvert.export.operands import insert_operand_pairs
 from sdconvert.export.transposed_keys import take_keys_as_rows
 from sdconvert.metrics import worst_sqnr_db
@@ -41,6 +42,7 @@ def run(context: StageContext) -> dict[str, Any]:
         simulated = [simulation(one) for one in inputs]
         artifact.write_answers(graph, list(zip(inputs, fp32, simulated, strict=True)))
         model = to_onnx(simulation, inputs[0], opset=context.recipe.export.opset)
+        adapt_block_biases(model)
         insert_operand_pairs(model, simulation.operand_encodings())
         if context.recipe.export.keys_as_rows:
             take_keys_as_rows(model)

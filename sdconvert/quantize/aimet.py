@@ -7,18 +7,23 @@ from contextlib import contextmanager
 
 import torch
 from aimet_torch.quantization.affine import QuantizeDequantize
+from aimet_torch.quantization.encoding_analyzer import PercentileEncodingAnalyzer, SqnrEncodingAnalyzer, _Histogram
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
+from sdconvert.config import RangeEstimator
 from sdconvert.errors import EncodingsError, UsageError
 from sdconvert.io.encodings import Encoding
 from sdconvert.quantize import graph
-from sdconvert.quantize.observer import ObserverBlock
+from sdconvert.quantize.estimators import estimator_of
+from sdconvert.quantize.observer import HistogramBlock, ObserverBlock
 from sdconvert.quantize.settings import Grid, QuantizerSettings
 from sdconvert.quantize.weight_grids import LAYER_OPS, planned_grids, recorded_grids
 
 _PREFIX = "quantizer_"
 _FINE_BITWIDTH = 16
+_SECOND_KIND = "matmul_second_operand"
+_BINS = 2048
 # What a mask hides must stay this far below the least score: exp(-20) is no step of a 16-bit softmax. A range as wide
 # as the mask's -100 would waste 10 dB, and one from data that hides nothing would clip what a later mask hides.
 _HIDDEN_BELOW = 20.0
@@ -32,6 +37,7 @@ class QuantizerSet:
         self.parameters: dict[str, QuantizeDequantize] = {}
         self.sources: dict[str, str] = {}
         self.layers: list[str] = []
+        self.kinds: dict[str, str] = {}
         self.fixed_ranges: dict[str, tuple[float, float]] = {}
         self.masked_scores: dict[str, str] = {}
 
@@ -66,6 +72,7 @@ def insert_quantizers(
     quantizers.masked_scores = graph.masked_scores(graph_module)
     for value in stored:
         quantizers.activations[value.key] = _insert(graph_module, value.node, settings.activations)
+        quantizers.kinds[value.key] = value.op
         if value.op in settings.ranges:
             quantizers.fixed_ranges[value.key] = settings.ranges[value.op]
     for weight in weights:
@@ -75,6 +82,7 @@ def insert_quantizers(
         # The operand's source has its own quantizer by now: this one comes after it, on this edge alone.
         source = operand.matmul.args[1]
         assert isinstance(source, Node)  # for the type checker
+        quantizers.kinds[operand.key] = _SECOND_KIND
         quantizers.activations[operand.key] = _insert(
             graph_module, source, settings.matmul_second_operand, only=operand.matmul
         )
@@ -83,18 +91,23 @@ def insert_quantizers(
 
 
 def calibrate(
-    graph_module: GraphModule, quantizers: QuantizerSet, batches: Iterator[tuple[Tensor, ...]], *, margin: float
+    graph_module: GraphModule,
+    quantizers: QuantizerSet,
+    batches: Sequence[tuple[Tensor, ...]],
+    settings: QuantizerSettings,
 ) -> None:
     """Take the range of every quantizer from the data, then set the ranges that the op itself fixes.
 
     Activations are observed in the graph with quantized weights, unquantized themselves: so a range depends on each
-    sample alone, and extremes of parts of the data are the extremes of the whole.
+    sample alone, and extremes and counts of parts of the data are those of the whole. Where an estimator needs counts,
+    the data is run twice: the first time tells where the bins must lie.
 
     Args:
         graph_module: With the quantizers inserted.
         quantizers: Of the graph.
         batches: Inputs of the graph, by position.
-        margin: Part by which 16-bit activation ranges are widened beyond the data.
+        settings: Say by which part min-max ranges of 16 bits are widened beyond the data, and which ranges are taken
+            otherwise.
 
     Raises:
         UsageError: A tensor takes values that are not finite.
@@ -102,15 +115,15 @@ def calibrate(
     with torch.no_grad():
         for name, quantizer in quantizers.parameters.items():
             _calibrate_one(quantizer, graph_module.get_parameter(quantizers.sources[name]))
-    calibrate_activations(graph_module, quantizers, batches, margin=margin)
+    calibrate_activations(graph_module, quantizers, batches, settings)
 
 
+@torch.no_grad()
 def calibrate_activations(
     graph_module: GraphModule,
     quantizers: QuantizerSet,
-    batches: Iterator[tuple[Tensor, ...]],
-    *,
-    margin: float,
+    batches: Sequence[tuple[Tensor, ...]],
+    settings: QuantizerSettings,
     keys: Collection[str] | None = None,
 ) -> None:
     """As `calibrate`, weights as they are, for the tensors in `keys` or for all.
@@ -118,30 +131,47 @@ def calibrate_activations(
     Raises:
         UsageError: As `calibrate`.
     """
-    with torch.no_grad():
-        observed = _observe(graph_module, quantizers, batches)
-        for key, scores in quantizers.masked_scores.items():
-            observed[key] = observed[scores] - torch.tensor([_HIDDEN_BELOW, 0.0])
-        for key, extremes in observed.items():
-            if keys is not None and key not in keys:
-                continue
-            quantizer = quantizers.activations[key]
-            _calibrate_one(quantizer, extremes)
-            if quantizer.bitwidth == _FINE_BITWIDTH:
-                quantizer.set_range(*(bound * (1 + margin) for bound in (quantizer.get_min(), quantizer.get_max())))
+    floating = without_quantizers(graph_module, quantizers.activations)
+    names = child_names(graph_module, quantizers.activations)
+    if keys is not None:
+        wanted = {quantizers.masked_scores.get(key, key) for key in keys}
+        names = {key: name for key, name in names.items() if key in wanted}
+    ranges = _extremes(floating, names, batches)
+    estimators = {key: estimator_of(settings.estimators, quantizers.kinds[key]) for key in ranges}
+    counted = [
+        key
+        for key, (low, high) in ranges.items()
+        if estimators[key].estimator != "min_max" and low < high and key not in quantizers.fixed_ranges
+    ]
+    blocks = [HistogramBlock("spread", floating.get_submodule(names[key]), ranges[key], _BINS) for key in counted]
+    for batch in batches if blocks else ():
+        floating(*batch)
+    for key, block in zip(counted, blocks, strict=True):
+        ranges[key] = _analyzed(block, estimators[key], quantizers.activations[key])
+    for key, scores in quantizers.masked_scores.items():
+        if scores in ranges:
+            ranges[key] = ranges[scores] - torch.tensor([_HIDDEN_BELOW, 0.0])
+            estimators[key] = estimators[scores]
+    for key in ranges if keys is None else keys & ranges.keys():
+        quantizer = quantizers.activations[key]
+        _calibrate_one(quantizer, ranges[key])
+        if quantizer.bitwidth == _FINE_BITWIDTH and estimators[key].estimator == "min_max":
+            factor = 1 + settings.range_margin
+            quantizer.set_range(*(bound * factor for bound in (quantizer.get_min(), quantizer.get_max())))
     for key, (lowest, highest) in quantizers.fixed_ranges.items():
         if keys is None or key in keys:
             quantizers.activations[key].set_range(torch.tensor(lowest), torch.tensor(highest))
 
 
-def _observe(
-    graph_module: GraphModule, quantizers: QuantizerSet, batches: Iterator[tuple[Tensor, ...]]
+def _extremes(
+    floating: GraphModule, names: Mapping[str, str], batches: Sequence[tuple[Tensor, ...]]
 ) -> dict[str, Tensor]:
-    floating = without_quantizers(graph_module, quantizers.activations)
-    names = child_names(graph_module, quantizers.activations)
+    """Lowest and highest value of tensors, (2,) each, by key."""
     observers = {key: ObserverBlock("range", floating.get_submodule(name)) for key, name in names.items()}
     for batch in batches:
         floating(*batch)
+    for observer in observers.values():
+        observer.remove()
     found = {key: observer.extremes for key, observer in observers.items() if observer.extremes is not None}
     if broken := [key for key, extremes in found.items() if not extremes.isfinite().all()]:
         raise UsageError(
@@ -149,6 +179,21 @@ def _observe(
             hint="check the model and the calibration data in fp32: no range holds infinity or NaN",
         )
     return found
+
+
+def _analyzed(block: HistogramBlock, estimator: RangeEstimator, quantizer: QuantizeDequantize) -> Tensor:
+    """The range, (2,), that AIMET's analyzer gives a quantizer for the values that a block has counted."""
+    low, high = block.extremes
+    edges = low + (high - low) * torch.arange(_BINS + 1) / _BINS
+    analyzer: PercentileEncodingAnalyzer | SqnrEncodingAnalyzer
+    if estimator.percentile is not None:
+        analyzer = PercentileEncodingAnalyzer((), _BINS, estimator.percentile)
+    else:
+        # AIMET weighs clipping three times by default; with 1 the sum is the mean squared error.
+        analyzer = SqnrEncodingAnalyzer((), _BINS, gamma=1.0)
+    histogram = _Histogram(block.counts.float(), edges, low, high)
+    steps = quantizer.qmax - quantizer.qmin
+    return torch.stack(analyzer.compute_encodings_from_stats([histogram], steps, quantizer.symmetric))
 
 
 def _calibrate_one(quantizer: QuantizeDequantize, data: Tensor) -> None:

@@ -66,8 +66,11 @@ class WeightGrid:
         scale, zero_point = self.scale.to(weight.device), self.zero_point.to(weight.device)
         if len(scale) == 1:
             return torch.fake_quantize_per_tensor_affine(weight, scale[0], zero_point[0], *self.bounds)
-        rows = weight.reshape(len(scale), -1)
-        return torch.fake_quantize_per_channel_affine(rows, scale, zero_point, 0, *self.bounds).reshape(weight.shape)
+        if len(scale) == len(weight):
+            return torch.fake_quantize_per_channel_affine(weight, scale, zero_point, 0, *self.bounds)
+        # AIMET multiplies by 1 / scale per channel, and divides by the scale per block: ties differ.
+        steps = self.to_steps(weight)
+        return self.from_steps(steps + (steps.round() - steps).detach())
 
     def to_steps(self, weight: Tensor) -> Tensor:
         """The weight in steps of the scale from zero, not rounded."""

@@ -17,6 +17,7 @@ from sdconvert.pipelines.backend import graph_adapters, swap_backends
 from sdconvert.pipelines.pasd import PASDPipeline
 from sdconvert.pipelines.sampling import sampling_arguments
 from sdconvert.quantize.artifact import ADAROUND
+from sdconvert.quantize.estimators import require_known_kinds
 from sdconvert.quantize.files import to_sections
 from sdconvert.quantize.rounding import plan_rounding, round_weights, write_figures
 from sdconvert.quantize.settings import quantizer_settings
@@ -36,6 +37,8 @@ def run(context: StageContext) -> dict[str, Any]:
     simulations = {
         graph: Simulation(adapter, next(iter(data.calibration(graph))), settings) for graph, adapter in adapters.items()
     }
+    kinds = {kind for one in simulations.values() for kind in one.quantizers.kinds.values()}
+    require_known_kinds(settings.estimators, kinds, settings.ranges)
     require_effect(settings.layers, {graph: one.quantizers.layers for graph, one in simulations.items()})
     for done, (graph, simulation) in enumerate(simulations.items()):
         context.report.step(done, len(adapters) + 1, graph)

@@ -118,7 +118,7 @@ class Simulation:
             PreconditionError: There is no sample.
         """
         batches = self._batches(samples)
-        aimet.calibrate(self.graph_module, self.quantizers, iter(batches), margin=self.settings.range_margin)
+        aimet.calibrate(self.graph_module, self.quantizers, batches, self.settings)
         # Files hold the range as min and max on the grid: from here on this graph computes what a file's reader will.
         self.calibrated = True
         self.load(self.encodings())
@@ -142,8 +142,8 @@ class Simulation:
             every = list(self.quantizers.activations)
         else:
             every = list(dict.fromkeys(key for found in self._keys_below(paths).values() for key in found))
-        batches, margin = self._batches(samples), self.settings.range_margin
-        aimet.calibrate_activations(self.graph_module, self.quantizers, iter(batches), margin=margin, keys=set(every))
+        batches = self._batches(samples)
+        aimet.calibrate_activations(self.graph_module, self.quantizers, batches, self.settings, set(every))
         self.load(self.encodings())
         return every
 

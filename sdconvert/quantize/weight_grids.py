@@ -3,7 +3,7 @@
 import difflib
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from sdconvert.config import LayerPrecision
 from sdconvert.errors import EncodingsError, UnsupportedModelError, UsageError
@@ -21,7 +21,7 @@ def planned_grids(weights: Iterable[Parameter], settings: QuantizerSettings, gra
 
     Raises:
         UnsupportedModelError: A weight enters an op whose weights have no grid.
-        UsageError: Blocks do not divide the input channels of a layer.
+        UsageError: Blocks do not divide the input channels of a layer, or the compiler takes no such weights.
     """
     grids = {}
     for weight in weights:
@@ -34,6 +34,8 @@ def planned_grids(weights: Iterable[Parameter], settings: QuantizerSettings, gra
         pattern = deciding_pattern(settings.layers, graph, weight.layer) if weight.op in LAYER_OPS else None
         if pattern is not None:
             grid = _changed(grid, settings.layers[pattern], weight, f"{graph}:{weight.layer}")
+        if weight.op in LAYER_OPS:
+            _require_compilable(grid, weight, settings, f"{graph}:{weight.layer}")
         grids[weight.name] = grid
     return grids
 
@@ -107,6 +109,28 @@ def _changed(grid: Grid, precision: LayerPrecision, weight: Parameter, label: st
         # One block is a scale per channel, and so it stands in files.
         changes |= {"per_channel": True, "block_size": size if size < columns else None}
     return grid.model_copy(update=changes)
+
+
+def _require_compilable(grid: Grid, weight: Parameter, settings: QuantizerSettings, label: str) -> None:
+    """Refuse before an hour's work what the compiler refuses after it."""
+    scales: Literal["tensor", "channel", "block"] = (
+        "tensor" if not grid.per_channel else "channel" if grid.block_size is None else "block"
+    )
+    activations = settings.activations.bitwidth
+    accepted = settings.weight_precisions[activations]
+    targets = f"{', '.join(f'v{arch}' for arch in settings.architectures)} with {activations}-bit activations"
+    if grid.bitwidth not in accepted[scales]:
+        offers = [f"{'/'.join(map(str, bits))} bits per {one}" for one, bits in accepted.items() if bits]
+        raise UsageError(
+            f"`{label}`: HTP takes no weights of {grid.bitwidth} bits with a scale per {scales} on {targets}",
+            hint=f"it takes {', '.join(offers)}",
+        )
+    if scales == "block" and any(size != 1 for size in weight.shape[2:]):
+        raise UsageError(
+            f"`{label}` is a convolution of {'x'.join(map(str, weight.shape[2:]))}, for which HTP takes no blocks "
+            f"({targets})",
+            hint="after the pattern that fits it, give it one without block_size",
+        )
 
 
 def _recorded(entries: Sequence[Encoding], weight: Parameter) -> Grid:

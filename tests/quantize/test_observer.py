@@ -10,7 +10,7 @@ from static_graphs import module_case
 from torch import nn
 
 from sdconvert.errors import UsageError
-from sdconvert.quantize.observer import ObserverBlock
+from sdconvert.quantize.observer import HistogramBlock, ObserverBlock
 from sdconvert.quantize.settings import load_settings
 from sdconvert.quantize.simulation import Simulation
 
@@ -33,6 +33,22 @@ def test_extremes_are_those_of_all_calls(batches: list[list[float]], random: obj
     assert observer.extremes.tolist() == [min(every), max(every)]
     observer.remove()
     assert not layer._forward_hooks
+
+
+@given(values, st.randoms())
+@settings(deadline=None)
+def test_counts_are_those_of_all_calls_whatever_their_order(batches: list[list[float]], random: object) -> None:
+    every = torch.tensor([value for batch in batches for value in batch])
+    extremes = torch.stack([every.min(), every.max() + 1])
+    layers = nn.Identity(), nn.Identity()
+    one, other = (HistogramBlock("spread", layer, extremes, 16) for layer in layers)
+    shuffled = list(batches)
+    random.shuffle(shuffled)  # type: ignore[attr-defined]
+    for first, second in zip(batches, shuffled, strict=True):
+        layers[0](torch.tensor(first))
+        layers[1](torch.tensor(second))
+    assert torch.equal(one.counts, other.counts)
+    assert one.counts.sum() == len(every)
 
 
 def test_ranges_of_parts_of_the_data_together_are_the_range_of_all() -> None:

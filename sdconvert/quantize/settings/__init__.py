@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from sdconvert.config import LayerPrecision, Recipe
+from sdconvert.config import LayerPrecision, RangeEstimator, Recipe
 from sdconvert.errors import UsageError
 from sdconvert.soc import find_soc
 
@@ -37,6 +37,10 @@ class QuantizerSettings(BaseModel):
     activations: Grid
     parameters: dict[str, Grid]
     matmul_second_operand: Grid
+    weight_precisions: dict[int, dict[Literal["tensor", "channel", "block"], tuple[int, ...]]] = Field(
+        description="Bits per weight that the compiler takes in convolutions and linear layers, by bits per activation "
+        "and by what shares a scale; as measured by tests/export/test_precisions.py."
+    )
     range_margin: float = Field(
         ge=0,
         description="Part by which 16-bit activation ranges exceed the calibration data. A quarter costs 2 of 90 dB, "
@@ -45,6 +49,9 @@ class QuantizerSettings(BaseModel):
     ranges: dict[str, tuple[float, float]] = Field(description="Fixed output ranges by op.")
     layers: dict[str, LayerPrecision] = Field(
         default={}, description="Weights with a precision of their own, by pattern; the last one that fits counts."
+    )
+    estimators: dict[str, RangeEstimator] = Field(
+        default={}, description="How all other ranges are taken, by op and `default`."
     )
 
     def with_bitwidths(self, *, weight: int, activation: int, per_channel: bool) -> "QuantizerSettings":
@@ -106,4 +113,4 @@ def quantizer_settings(recipe: Recipe) -> QuantizerSettings:
     quantize = recipe.quantize
     return settings.with_bitwidths(
         weight=quantize.weight_bitwidth, activation=quantize.activation_bitwidth, per_channel=quantize.per_channel
-    ).model_copy(update={"layers": quantize.layers})
+    ).model_copy(update={"layers": quantize.layers, "estimators": quantize.ranges})
