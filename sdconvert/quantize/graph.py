@@ -16,6 +16,7 @@ from torch.fx import GraphModule, Node
 from sdconvert.adapters import ModelAdapter, Tensors
 from sdconvert.errors import UnsupportedModelError
 from sdconvert.plugins import require_fused
+from sdconvert.quantize.untraceable import export_or_name_module
 from sdconvert.quantize.simplify import attribute, reshape, simplify
 
 aten = torch.ops.aten
@@ -110,11 +111,11 @@ def trace(adapter: ModelAdapter, inputs: Tensors) -> GraphModule:
 
     Raises:
         PluginError: The model has plugins whose effect is not in its weights yet; the files would lack it.
-        UnsupportedModelError: The graph has ops that no rule covers; all of them are named.
+        UnsupportedModelError: A module cannot be traced, or the graph has ops that no rule covers; they are named.
     """
     require_fused(adapter.model)
     with adapter.as_graph() as module:
-        exported = torch.export.export(module, tuple(inputs.values()), strict=False)
+        exported = export_or_name_module(module, tuple(inputs.values()), adapter.graph_name)
     graph_module = exported.module(check_guards=False)
     simplify(graph_module)
     _rename_inputs(graph_module, list(inputs))

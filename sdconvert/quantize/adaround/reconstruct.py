@@ -51,9 +51,9 @@ class Reconstruction:
     largest: int = 12
     batch: int = 4
     drop: float = 0.5
-    confidence: float = 0.5
+    confidence: float = 0.9
     seed: int = 0
-    schedule: Schedule = field(default_factory=lambda: Schedule(iterations=200, learning_rate=0.01))
+    schedule: Schedule = field(default_factory=lambda: Schedule(iterations=300, learning_rate=0.1))
 
 
 @dataclass(frozen=True)
