@@ -5,7 +5,7 @@ import json
 import math
 import shutil
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -171,7 +171,7 @@ class _Run:
         self._fitted = sorted(set(range(count)) - set(self._held_out))
         self._fixed, self._done = fixed, list[CommittedGroup]()
         self._current: dict[str, Tensor] = {}
-        self._seconds: Counter[str] = Counter()
+        self._seconds: defaultdict[str, float] = defaultdict(float)
         item_bytes = 2 if settings.half_precision else 4
         self.plan = make_plan(
             segmented,

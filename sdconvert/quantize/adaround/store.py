@@ -76,12 +76,20 @@ class ActivationStore:
             UsageError: There is none.
         """
         tensor = self.look(key)
-        stored, uses = self._held[key]
+        self.skip(key)
+        return tensor
+
+    def skip(self, key: Hashable) -> None:
+        """Count a tensor as taken.
+
+        Raises:
+            UsageError: There is none.
+        """
+        stored, uses = self._find(key)
         if uses > 1:
             self._held[key] = stored, uses - 1
         else:
             self._drop(key)
-        return tensor
 
     def look(self, key: Hashable) -> Tensor:
         """A tensor that is not taken by that.
@@ -89,15 +97,18 @@ class ActivationStore:
         Raises:
             UsageError: There is none.
         """
-        if key not in self._held:
-            raise UsageError(f"`{key}` is not stored", hint="it was never put, or taken as often as was said")
-        return self._held[key][0].read()
+        return self._find(key)[0].read()
 
     def close(self) -> None:
         """Forget everything, and remove the folder."""
         self._held.clear()
         self.memory_bytes = self.disk_bytes = 0
         shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _find(self, key: Hashable) -> tuple[StoredTensor, int]:
+        if key not in self._held:
+            raise UsageError(f"`{key}` is not stored", hint="it was never put, or taken as often as was said")
+        return self._held[key]
 
     def _drop(self, key: Hashable) -> None:
         stored, _ = self._held.pop(key)
