@@ -16,8 +16,8 @@ from torch.fx import GraphModule, Node
 from sdconvert.adapters import ModelAdapter, Tensors
 from sdconvert.errors import UnsupportedModelError
 from sdconvert.plugins import require_fused
-from sdconvert.quantize.untraceable import export_or_name_module
 from sdconvert.quantize.simplify import attribute, reshape, simplify
+from sdconvert.quantize.untraceable import export_or_name_module
 
 aten = torch.ops.aten
 

@@ -10,6 +10,9 @@ from torch.export import ExportedProgram
 
 from sdconvert.errors import SdconvertError, UnsupportedModelError
 
+# What a program raises that meets tensors without values; torch's own errors descend from these.
+_UNTRACEABLE = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+
 
 def export_or_name_module(module: nn.Module, inputs: tuple[Tensor, ...], name: str) -> ExportedProgram:
     """Export a graph.
@@ -29,7 +32,7 @@ def export_or_name_module(module: nn.Module, inputs: tuple[Tensor, ...], name: s
             return torch.export.export(module, inputs, strict=False)
     except SdconvertError:
         raise
-    except Exception as error:
+    except _UNTRACEABLE as error:
         path, cls = _where(module, inputs)
         reason = str(error).strip().partition("\n")[0]
         raise UnsupportedModelError(
@@ -53,7 +56,7 @@ def _where(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[str, str]:
         try:
             with redirect_stderr(io.StringIO()):
                 torch.export.export(module, inputs, strict=False)
-        except Exception:
+        except _UNTRACEABLE:
             return running[-1] if running else ("the model", type(module).__name__)
     return "the model", type(module).__name__
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from sdconvert.config import Recipe
+from sdconvert.config import RangeEstimator, Recipe
 from sdconvert.errors import UsageError
 from sdconvert.quantize.settings import Grid, load_settings, quantizer_settings
 from sdconvert.soc import find_soc, soc_table
@@ -57,7 +57,8 @@ def test_recipe_sets_the_bit_widths_and_nothing_else() -> None:
     for op in ("add", "embedding"):
         assert plain.parameters[op] == plain.activations
         assert changed.parameters[op] == changed.activations
-    rest = {"activations", "parameters"}
+    rest = {"activations", "parameters", "estimators"}
+    assert changed.estimators == {"default": RangeEstimator()}
     assert changed.model_dump(exclude=rest) == plain.model_dump(exclude=rest)
     for op in ("group_norm", "layer_norm"):
         assert changed.parameters[op] == plain.parameters[op] == Grid(bitwidth=16, symmetric=False)

@@ -197,7 +197,9 @@ class GramMoments(QuadraticMoments):
                 energy += difference.square().sum(0)
             else:
                 energy.addmm_(difference.T, difference)
-        return cls(*(total.div_(max(1, count)) for total in (gram, cross, energy)), count)
+        for total in (gram, cross, energy):
+            total.div_(max(1, count))
+        return cls(gram, cross, energy, count)
 
     def panel(self, columns: slice) -> Tensor:
         """A view."""

@@ -9,6 +9,7 @@ twice.
 """
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -34,6 +35,9 @@ _SHIFT_OF = [
 ]
 _ALONG_OF = [other - tap if other >= tap else 3 + tap - other for tap in _TAPS for other in _TAPS]
 _LEAST_COLUMNS = 9 * 64
+_CHANNELS_AT_ONCE = 7  # rows of a panel of `WIDTH`
+ASSEMBLY_ROWS = 4 * 9 * (_CHANNELS_AT_ONCE + 2)
+"""Rows of G that are in memory while a panel is put together."""
 _PLAIN = Convolution((3, 3), padding=(1, 1))
 
 
@@ -87,24 +91,35 @@ class OffsetSums:
         first, last = columns.start // 9, -(-columns.stop // 9)
         part = slice(first, last)
         # (tap's row, tap's column, other's row, other's column, some channels, channels)
-        found = _both_ways(self._shifted, part, _SHIFT_OF).unflatten(0, (3, 3, 3, 3))
+        found = _both_ways(self._shifted, part, _SHIFT_OF, 4)
         for outer, place in enumerate(_OUTER):
-            found[place, :, place, :] -= _both_ways(self._rows[outer], part, _ALONG_OF).unflatten(0, (3, 3))
-            found[:, place, :, place] -= _both_ways(self._columns[outer], part, _ALONG_OF).unflatten(0, (3, 3))
+            found[place, :, place, :] -= _both_ways(self._rows[outer], part, _ALONG_OF, 2)
+            found[:, place, :, place] -= _both_ways(self._columns[outer], part, _ALONG_OF, 2)
             for side, column in enumerate(_OUTER):
                 found[place, column, place, column] += self._corners[outer, side, part]
         found /= max(1, self.count)
-        rows = found.permute(4, 0, 1, 5, 2, 3).reshape(-1, 9 * self.channels)
+        rows: Tensor = found.permute(4, 0, 1, 5, 2, 3).reshape(-1, 9 * self.channels)
         return rows[columns.start - 9 * first : columns.stop - 9 * first]
+
+    def gram(self) -> Tensor:
+        """The mean of G, put together a few rows at a time."""
+        size = 9 * self.channels
+        found = torch.empty(size, size)
+        for first in range(0, size, 9 * _CHANNELS_AT_ONCE):
+            columns = slice(first, min(first + 9 * _CHANNELS_AT_ONCE, size))
+            found[columns] = self._make_rows(columns)
+        return found
 
     def diagonal(self) -> Tensor:
         """Of the mean of G: (columns,)."""
-        step = 16  # channels at a time
-        parts = [
-            self._make_rows(slice(first, min(first + 9 * step, 9 * self.channels))).diagonal(first)
-            for first in range(0, 9 * self.channels, 9 * step)
-        ]
-        return torch.cat(parts)
+        # (tap's row, tap's column, channels)
+        found = self._shifted[0].diagonal().expand(3, 3, -1).clone()
+        for outer, place in enumerate(_OUTER):
+            found[place] -= self._rows[outer, 0].diagonal()
+            found[:, place] -= self._columns[outer, 0].diagonal()
+            for side, column in enumerate(_OUTER):
+                found[place, column] += self._corners[outer, side].diagonal()
+        return found.permute(2, 0, 1).reshape(-1) / max(1, self.count)
 
 
 def _add(total: Tensor, pixels: Tensor, shift: int) -> None:
@@ -114,9 +129,14 @@ def _add(total: Tensor, pixels: Tensor, shift: int) -> None:
         total.addmm_(pixels[:, : length - shift], pixels[:, shift:].T)
 
 
-def _both_ways(sums: Tensor, part: slice, wanted: list[int]) -> Tensor:
-    """Some rows of sums by shift, and behind them of those by the opposite shifts, their transposes; those wanted."""
-    return torch.cat([sums[:, part], sums[:, :, part].transpose(1, 2)])[wanted]
+def _both_ways(sums: Tensor, part: slice, wanted: list[int], axes: int) -> Tensor:
+    """Some rows of sums by shift, and behind them of those by the opposite shifts, their transposes; those wanted.
+
+    Returns:
+        (3, ..., 3, some channels, channels), with so many axes of three.
+    """
+    found = torch.cat([sums[:, part], sums[:, :, part].transpose(1, 2)])[wanted]
+    return found.reshape(*[3] * axes, *found.shape[1:])
 
 
 class OffsetMoments(PanelwiseMoments):
@@ -148,7 +168,7 @@ class OffsetMoments(PanelwiseMoments):
 def gram_by_offsets(group: LayerGroup, source: Source, chunk: int) -> GramMoments:
     """`GramMoments` of layers that `by_offsets` covers."""
     sums, residual, energy = _sum(group, source, chunk)
-    return GramMoments(sums.rows(slice(0, group.columns)), residual, energy, sums.count)
+    return GramMoments(sums.gram(), residual, energy, sums.count)
 
 
 def _sum(group: LayerGroup, source: Source, chunk: int) -> tuple[OffsetSums, Tensor, Tensor]:
@@ -159,8 +179,7 @@ def _sum(group: LayerGroup, source: Source, chunk: int) -> tuple[OffsetSums, Ten
         sums.add(quantized)
         if difference is None:
             continue
-        one = [(quantized, difference)]
-        for rows, projected in group.rows(lambda one=one: iter(one), chunk, project_difference=True):
+        for rows, projected in group.rows(partial(iter, [(quantized, difference)]), chunk, project_difference=True):
             assert projected is not None  # for the type checker
             residual.addmm_(projected.T, rows)
             energy += projected.square().sum(0)

@@ -12,7 +12,7 @@ from typing import Literal
 from sdconvert.errors import BudgetError, PreconditionError
 from sdconvert.quantize.adaround.blocks import Block
 from sdconvert.quantize.adaround.layers import RoundedLayer
-from sdconvert.quantize.adaround.offsets import MATRICES, by_offsets
+from sdconvert.quantize.adaround.offsets import ASSEMBLY_ROWS, MATRICES, by_offsets
 from sdconvert.quantize.adaround.solve import Workspace
 from sdconvert.quantize.adaround.steps import SCORES_BYTES, RoundedGroup, SegmentedGraph, size
 from sdconvert.quantize.adaround.tiles import WIDTH
@@ -25,6 +25,7 @@ _ROW_ARRAYS = 12  # matrices (channels, columns) that a solver has at once
 _BLOCK_ARRAYS = 5  # matrices (block, block)
 _MOST_CHUNK, _LEAST_CHUNK = 1024, 16
 _LEAST_CHANNELS = 8
+_SMALL_GRAM = 64 * MIB
 _MOST_BLOCK = 1024  # after descent, larger blocks of GPTQ give no smaller loss, and take cubic time
 _QUANTIZER_VALUES = 4  # tensors that a quantizer keeps for the way back, masks and chance included
 _BACKWARD_ARRAYS = 4  # gradients on the way back, of the largest value
@@ -242,12 +243,18 @@ def _frontier_items(segmented: SegmentedGraph) -> int:
 
 
 def _plan_group(group: RoundedGroup, samples: tuple[int, int], available: int, budget: int) -> GroupPlan:
-    """The fastest form that fits: moments in memory, else those of the held-out samples on disk, else all."""
+    """The fastest form that fits: moments in memory, else those of the held-out samples on disk, else all.
+
+    Where there are few rows for many columns, the rows themselves are the fastest: a sweep of descent multiplies the
+    weight with them twice, and with G once.
+    """
     shape = _Shape.of(group)
     in_memory: list[Mode] = ["gram", "offsets"] if shape.by_offsets else ["gram"]
     disk = [_moments(shape, count, _disk_mode(shape, count)) for count in samples if count]
     memory = [[_moments(shape, count, mode) for count in samples if count] for mode in in_memory]
     forms = [*memory, *([form[0], *disk[1:]] for form in memory if disk[1:]), disk]
+    if 2 * shape.rows * samples[0] < shape.columns and memory[0][0].memory_bytes > _SMALL_GRAM:
+        forms.insert(0, disk)
     least = 0
     for form in forms:
         plan = _fit(group, shape, form, available)
@@ -264,8 +271,7 @@ def _plan_group(group: RoundedGroup, samples: tuple[int, int], available: int, b
 
 @dataclass(frozen=True)
 class _Shape:
-    """Of a group's moments: inputs per output, output channels together and of the largest layer, rows per sample;
-    whether `offsets.py` covers it."""
+    """Of a group: inputs per output, output channels of all and of the largest layer, rows per sample, `by_offsets`."""
 
     columns: int
     channels: int
@@ -281,8 +287,9 @@ class _Shape:
 
     @property
     def offset_bytes(self) -> int:
-        """What G is made of; 0 where it is not."""
-        return _FLOAT * MATRICES * (self.columns // 9) ** 2 if self.by_offsets else 0
+        """What G is made of, and what putting a panel of it together takes; 0 where there is no such."""
+        channels = self.columns // 9
+        return _FLOAT * (MATRICES * channels**2 + ASSEMBLY_ROWS * self.columns) if self.by_offsets else 0
 
 
 def _fit(group: RoundedGroup, shape: _Shape, form: list[MomentsPlan], available: int) -> GroupPlan | int:

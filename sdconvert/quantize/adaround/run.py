@@ -6,7 +6,7 @@ import json
 import math
 import shutil
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -208,7 +208,7 @@ class _Run:
         self._fitted = sorted(set(range(count)) - set(self._held_out))
         self._fixed, self._done = fixed, list[CommittedGroup]()
         self._current: dict[str, Tensor] = {}
-        self._seconds: Counter[str] = Counter()
+        self._seconds: defaultdict[str, float] = defaultdict(float)
         self._blocks = _blocks(segmented, settings)
         self.plan = _plan(segmented, settings, count, self._blocks)
 

@@ -60,19 +60,25 @@ def train_rounding(moments: Moments, channels: Channels, grid: CodeGrid, schedul
     host = nn.Module()
     host.weight = nn.Parameter(weight.reshape(grid.scale.numel(), -1).clone(), requires_grad=False)
     block = SoftRoundingBlock("adaround", host, grid.weight_grid())
-    optimizer = torch.optim.Adam([block.alpha], lr=schedule.learning_rate)
+    optimizer = torch.optim.Adam([block.alpha], lr=schedule.learning_rate, fused=True)
     ridge = damping * float(moments.diagonal.mean())
-    with torch.enable_grad():
-        for iteration in range(schedule.iterations):
-            optimizer.zero_grad()
-            soft = block(host.weight)
-            delta = soft.detach().reshape(weight.shape) - weight
-            gradient = moments.full_gradient(channels, delta).add_(delta, alpha=ridge)
-            torch.autograd.backward(soft, 2 * gradient.reshape(soft.shape))
-            beta = schedule.beta_at(iteration)
-            if beta is not None and schedule.regularization:
-                torch.autograd.backward(schedule.regularization * block.regularizer(beta))
-            optimizer.step()
+    low, high = grid.bounds(weight)
+    below = grid.dequantize(low) - weight
+    step = grid.dequantize(high - low)  # none where the grid ends
+    for iteration in range(schedule.iterations):
+        with torch.enable_grad():
+            rounding = block.rounding()
+        # The loss is quadratic: its derivative by the rounding needs no autograd.
+        up = rounding.detach().reshape(weight.shape)
+        delta = torch.addcmul(below, up, step)
+        gradient = moments.full_gradient(channels, delta).add_(delta, alpha=ridge).mul_(step).mul_(2)
+        beta = schedule.beta_at(iteration)
+        if beta is not None and schedule.regularization:
+            undecided = 2 * up - 1
+            slope = undecided.abs().pow_(beta - 1).copysign_(undecided)
+            gradient.sub_(slope, alpha=2 * beta * schedule.regularization)
+        (block.alpha.grad,) = torch.autograd.grad(rounding, block.alpha, gradient.reshape(rounding.shape))
+        optimizer.step()
     block.hard = True
     rounded = block(host.weight).detach().reshape(weight.shape)
     block.remove()

@@ -85,8 +85,7 @@ class ActivationStore:
         Raises:
             UsageError: There is none.
         """
-        self._require(key)
-        stored, uses = self._held[key]
+        stored, uses = self._find(key)
         if uses > 1:
             self._held[key] = stored, uses - 1
         else:
@@ -98,8 +97,7 @@ class ActivationStore:
         Raises:
             UsageError: There is none.
         """
-        self._require(key)
-        return self._held[key][0].read()
+        return self._find(key)[0].read()
 
     def hold(self, key: Hashable) -> None:
         """Have a tensor stay for one more use.
@@ -107,8 +105,7 @@ class ActivationStore:
         Raises:
             UsageError: There is none.
         """
-        self._require(key)
-        stored, uses = self._held[key]
+        stored, uses = self._find(key)
         self._held[key] = stored, uses + 1
 
     def replace(self, key: Hashable, tensor: Tensor) -> None:
@@ -118,8 +115,7 @@ class ActivationStore:
             UsageError: There is none.
             EnvironmentProblem: The disk is full.
         """
-        self._require(key)
-        _, uses = self._held[key]
+        _, uses = self._find(key)
         self._drop(key)
         self.put(key, tensor, uses)
 
@@ -129,9 +125,10 @@ class ActivationStore:
         self.memory_bytes = self.disk_bytes = 0
         shutil.rmtree(self._folder, ignore_errors=True)
 
-    def _require(self, key: Hashable) -> None:
+    def _find(self, key: Hashable) -> tuple[StoredTensor, int]:
         if key not in self._held:
             raise UsageError(f"`{key}` is not stored", hint="it was never put, or taken as often as was said")
+        return self._held[key]
 
     def _drop(self, key: Hashable) -> None:
         stored, _ = self._held.pop(key)

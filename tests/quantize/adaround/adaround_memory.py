@@ -1,6 +1,7 @@
-"""AdaRound of layers as wide as Stable Diffusion's, in a process of its own: python adaround_memory.py BUDGET FOLDER.
+"""AdaRound in a process of its own: python adaround_memory.py BUDGET SAMPLES SHAPES FOLDER.
 
-Prints how much the process grew, and what was planned, for few samples and for many.
+Everything is loaded and traced, and calibration data lie on the disk, before AdaRound of SAMPLES samples begins; with 0
+it never does. Prints the most memory that the process took, and what came out.
 """
 
 import json
@@ -9,66 +10,88 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from adaround_graphs import BlockAdapter, int4_grids
+from adaround_graphs import BlockAdapter, block_graph, block_samples, int4_grids
 from torch import Tensor, nn
 
+from sdconvert.io.tensors import load_tensors, save_tensors
 from sdconvert.memory import PeakMemory, return_freed_memory
 from sdconvert.quantize import graph
 from sdconvert.quantize.adaround.run import AdaRoundSettings, adaround
 from sdconvert.quantize.adaround.solve import SolverSettings
 
+# Channels and side of a 3x3 convolution's input, and tokens and width of two linear layers'.
+SHAPES = {
+    "small": (256, 16, (16, 1024), (1, 5000)),
+    "large": (384, 16, (96, 10240), (1, 9000)),
+}
+DISTINCT = 64
+
 
 class Wide(nn.Module):
-    """A 3x3 convolution of 2,304 inputs per output, and a linear layer of 5,000 that sees one row per sample."""
+    """Layers with many inputs per output; positional inputs as `inputs` makes them."""
 
-    def __init__(self) -> None:
+    def __init__(self, shapes: str) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(256, 32, 3, padding=1)
-        self.linear = nn.Linear(5000, 32)
+        channels, _, *widths = SHAPES[shapes]
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.out = nn.Conv2d(channels, 32, 3, padding=1)
+        self.many, self.few = (nn.Linear(width, 32) for _, width in widths)
 
-    def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """Two outputs."""
-        return self.conv(x), self.linear(y)
+    def forward(self, x: Tensor, y: Tensor, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Three outputs."""
+        return self.out(torch.nn.functional.silu(self.conv(x)) + x), self.many(y), self.few(z)
+
+
+def inputs(shapes: str, seed: int) -> dict[str, Tensor]:
+    """A sample with columns that depend on each other."""
+    channels, side, *widths = SHAPES[shapes]
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(1, channels, side, side, generator=generator)
+    tokens = [torch.randn(*size, generator=generator) for size in widths]
+    y, z = (one + one.roll(1, 1) for one in tokens)
+    return {"x": x + x.roll(1, 1), "y": y, "z": z}
 
 
 class Samples:
-    """Made when they are asked for."""
+    """Read from the disk one at a time."""
 
-    def __init__(self, count: int) -> None:
-        self.count = count
+    def __init__(self, folder: Path, count: int) -> None:
+        self.folder, self.count = folder, count
 
     def __len__(self) -> int:
         return self.count
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        generator = torch.Generator().manual_seed(0)
-        for _ in range(self.count):
-            x = torch.randn(1, 256, 16, 16, generator=generator)
-            yield {"x": x, "y": torch.randn(1, 5000, generator=generator)}
+        return (load_tensors(self.folder / f"{index % DISTINCT}.safetensors") for index in range(self.count))
 
 
 def main() -> None:
-    """Run for 8 and for 64 samples."""
+    """Run once."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    budget, folder = int(sys.argv[1]), Path(sys.argv[2])
-    traced = graph.trace(BlockAdapter(Wide().eval()), next(iter(Samples(1))))
-    solver = SolverSettings(damping=(0.1,), sweeps=1)
-    report: dict[str, object] = {}
-    for count in (4, 8, 64):
-        return_freed_memory()
-        memory = PeakMemory()
-        before = memory.peak_bytes()
-        settings = AdaRoundSettings(solver=solver, budget_bytes=budget)
-        result = adaround(traced, Samples(count), int4_grids(traced), settings, folder / str(count))
-        report[str(count)] = {
-            "peak": memory.peak_bytes(),
-            "grown": memory.peak_bytes() - before,
+    budget, count, shapes, folder = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], Path(sys.argv[4])
+    solver = SolverSettings(damping=(0.1,), sweeps=2)
+    settings = AdaRoundSettings(solver=solver, budget_bytes=budget)
+    small = block_graph()
+    adaround(small, block_samples(4), int4_grids(small), settings, folder / "warm")
+    folder.joinpath("samples").mkdir()
+    for index in range(min(DISTINCT, max(1, count))):
+        save_tensors(inputs(shapes, index), folder / "samples" / f"{index}.safetensors")
+    traced = graph.trace(BlockAdapter(Wide(shapes).eval()), inputs(shapes, 0))
+    grids = int4_grids(traced)
+    return_freed_memory()
+    memory = PeakMemory()
+    report: dict[str, object] = {"modes": []}
+    if count:
+        result = adaround(traced, Samples(folder / "samples", count), grids, settings, folder / "run")
+        report = {
             "planned": result.plan.peak_bytes,
             "modes": [group.moments.mode for group in result.plan.groups],
-            "losses": [figures.loss for figures in result.figures.values()],
+            "held_out_modes": [group.held_out.mode for group in result.plan.groups if group.held_out],
+            "levels": [figures.sqnr_db for figures in result.figures.values()],
+            "output": result.output_sqnr_db,
         }
-    sys.stdout.write(json.dumps(report))
+    sys.stdout.write(json.dumps({**report, "peak": memory.peak_bytes()}))
 
 
 if __name__ == "__main__":

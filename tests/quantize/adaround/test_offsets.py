@@ -1,4 +1,4 @@
-"""G of a 3x3 convolution from shifted images is the G of its rows, whatever the image's size and the columns asked for."""
+"""G of a 3x3 convolution from shifted images is the G of its rows, whatever the image's size."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""A block's loss and gradient are those of the layer problem; what training gives is judged, kept, and the same again."""
+"""A block's loss and gradient are those of the layer problem; what training gives is judged, and is the same again."""
 
 import dataclasses
 from collections.abc import Iterator, Mapping

@@ -75,7 +75,8 @@ def test_segments_are_the_graph(
             frontiers.advance(index, lambda name: None)
         found = list(frontiers.outputs(lambda name: None))
         assert len(store) == 0
-        assert frontiers.forwards == 2 * len(samples)
+        # Without quantizers the paths are the same, and only one of them runs up to the last segment.
+        assert frontiers.forwards == 2 * len(samples) if quantizers else frontiers.forwards < 2 * len(samples)
         for sample, outputs in zip(samples, found, strict=True):
             expected = plain(*sample.values())
             torch.testing.assert_close(outputs[FLOATING], list(expected), rtol=1e-5, atol=1e-5)
