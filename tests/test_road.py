@@ -123,10 +123,12 @@ def test_an_unknown_soc_is_refused_before_any_work(tmp_path: Path) -> None:
     assert not list(tmp_path.rglob("manifest.json"))
 
 
-def blocks() -> Iterator[str]:
-    """Every shell block in README and docs."""
+def blocks() -> Iterator[Any]:
+    """Every shell block in README and docs; AdaRound takes minutes."""
     for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
-        yield from SHELL.findall(page.read_text(encoding="utf-8"))
+        marks = [pytest.mark.slow] if page.name == "adaround.md" else []
+        for block in SHELL.findall(page.read_text(encoding="utf-8")):
+            yield pytest.param(block, marks=marks)
 
 
 @pytest.mark.parametrize("block", list(blocks()))

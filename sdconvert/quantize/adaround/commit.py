@@ -17,6 +17,7 @@ from sdconvert.quantize.adaround.layers import RoundedLayer
 from sdconvert.quantize.adaround.solve import LayerFigures, LayerResult
 
 _CODES, _SCALE, _LOWEST = "codes", "scale", "lowest"
+_SAID = "group"
 
 
 @dataclass(frozen=True)
@@ -95,8 +96,8 @@ class Commits:
         path = self._path(fingerprint)
         if not path.is_file():
             return None
-        metadata = read_metadata(path)
-        figures, block = json.loads(metadata["figures"]), json.loads(metadata["block"])
+        said = json.loads(read_metadata(path)[_SAID])
+        figures, block = said["figures"], said["block"]
         tensors = load_tensors(path)
         return CommittedGroup(
             path,
@@ -131,12 +132,9 @@ class Commits:
             tensors[f"{name}/{_SCALE}"] = result.grid.scale
             tensors[f"{name}/{_LOWEST}"] = result.grid.lowest
         figures = {name: asdict(result.figures) for name, result in results.items()}
-        metadata = {
-            "figures": json.dumps(figures),
-            "fingerprint": fingerprint,
-            "block": json.dumps(asdict(block) if block else None),
-        }
-        save_tensors(tensors, self._path(fingerprint), metadata)
+        said = {"figures": figures, "fingerprint": fingerprint, "block": asdict(block) if block else None}
+        # Under one key: several would be written in any order, and equal groups as unequal files.
+        save_tensors(tensors, self._path(fingerprint), {_SAID: json.dumps(said)})
         found = self.find(fingerprint, layers, {name: result.grid for name, result in results.items()})
         assert found is not None  # for the type checker
         return found

@@ -107,7 +107,7 @@ def test_a_block_of_one_layer_is_the_layer_s_problem(name: str, tmp_path: Path) 
         losses, gradients = [], []
         for part in range(group.layers[0].groups):
             layers = LayerGroup(group.layers, [weight], part)
-            moments = GramMoments(layers, lambda: frontiers.inputs_of(group, list(samples)))
+            moments = GramMoments.of(layers, lambda: frontiers.inputs_of(group, list(samples)))
             rows = group.layers[0].rows_of_group(part)
             channels = channels_of(weight[rows].flatten(1))
             channels = dataclasses.replace(channels, rows=slice(0, len(channels.weight)))
