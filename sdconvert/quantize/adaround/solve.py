@@ -107,7 +107,7 @@ def solve(
 
     Args:
         moments: Of its calibration data.
-        held_out: Of data that the codes are not fitted to; without, the largest damping is taken.
+        held_out: Of data that the codes are not fitted to; without, the middle damping is taken.
         channels: All of the layer's output channels.
         grid: Of the weight.
         settings: Of the solver.
@@ -122,7 +122,7 @@ def solve(
     if settings.refit_scale and grid.per_tensor:
         raise UsageError("a scale per tensor is not refitted", hint="quantize per channel, or keep the scales")
     task = _Task(moments, held_out or moments, settings, workspace or Workspace())
-    damping = task.choose_damping(channels, grid) if held_out else max(settings.damping)
+    damping = task.choose_damping(channels, grid) if held_out else sorted(settings.damping)[len(settings.damping) // 2]
     codes = torch.empty(channels.weight.shape, dtype=torch.int16)
     nearest = torch.empty_like(codes)
     scales, sums = [], torch.zeros(3, dtype=torch.float64)
