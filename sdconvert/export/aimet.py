@@ -32,6 +32,7 @@ def to_onnx(simulation: Simulation, example: Tensors, *, opset: int) -> ModelPro
     with (
         tempfile.TemporaryDirectory() as folder,
         simulation.without_operand_quantizers(),
+        simulation.ties_decided(),
         warnings.catch_warnings(action="ignore"),
         contextlib.redirect_stdout(io.StringIO()),
         _quiet(logging.getLogger("torch.onnx")),

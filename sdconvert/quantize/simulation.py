@@ -244,6 +244,10 @@ class Simulation:
         """Take the second operands' quantizers out for a block, for an exporter that writes them itself."""
         return aimet.without_operand_quantizers(self.graph_module, self.quantizers)
 
+    def ties_decided(self) -> AbstractContextManager[None]:
+        """Decide for a block how weights halfway between two steps are rounded, so that an exporter cannot differ."""
+        return aimet.ties_decided(self.graph_module, self.quantizers)
+
     def _require_ranges(self) -> None:
         if not self.calibrated:
             raise PreconditionError(

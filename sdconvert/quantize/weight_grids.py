@@ -15,6 +15,9 @@ from sdconvert.quantize.settings import Grid, QuantizerSettings
 LAYER_OPS = ("conv2d", "linear")
 """Ops whose weights a recipe gives bits to; norms and tables keep those of the settings."""
 
+# Of 4-bit weights, blocks of 8, 16, 24, 32 and 64 compile, and those of 4, 6 and 12 do not.
+_BLOCK_BITS = 32
+
 
 def planned_grids(weights: Iterable[Parameter], settings: QuantizerSettings, graph: str) -> dict[str, Grid]:
     """The grid of every weight of a graph, by name, as settings and their patterns say.
@@ -125,7 +128,12 @@ def _require_compilable(grid: Grid, weight: Parameter, settings: QuantizerSettin
             f"`{label}`: HTP takes no weights of {grid.bitwidth} bits with a scale per {scales} on {targets}",
             hint=f"it takes {', '.join(offers)}",
         )
-    if scales == "block" and any(size != 1 for size in weight.shape[2:]):
+    if grid.block_size is not None and grid.block_size * grid.bitwidth % _BLOCK_BITS:
+        raise UsageError(
+            f"`{label}`: HTP takes no blocks of {grid.block_size} weights of {grid.bitwidth} bits",
+            hint=f"take a multiple of {_BLOCK_BITS // grid.bitwidth}",
+        )
+    if grid.block_size is not None and any(size != 1 for size in weight.shape[2:]):
         raise UsageError(
             f"`{label}` is a convolution of {'x'.join(map(str, weight.shape[2:]))}, for which HTP takes no blocks "
             f"({targets})",

@@ -19,6 +19,7 @@ from sdconvert.export.aimet import to_onnx
 from sdconvert.export.operands import insert_operand_pairs
 from sdconvert.export.runner import OnnxRunner
 from sdconvert.metrics import worst_sqnr_db
+from sdconvert.quantize.settings import load_settings
 from sdconvert.quantize.simulation import Simulation
 
 Export = Callable[[Case, Simulation, Path], ModelProto]
@@ -174,6 +175,23 @@ def test_another_number_of_products_is_refused(attention: Exported) -> None:
     with pytest.raises(Exception, match="the ONNX graph has 2 MatMuls of two computed tensors, its source 1") as error:
         insert_operand_pairs(model, attention.simulation.operand_encodings()[:1])
     assert "doctor" in error.value.hint  # type: ignore[attr-defined]
+
+
+def test_weights_between_two_steps_are_exported_as_simulated(tmp_path: Path, export: Export) -> None:
+    """As weights of a half-precision checkpoint are: halfway up to the last bit of a float."""
+    generator = torch.Generator().manual_seed(0)
+    layer = torch.nn.Linear(64, 64)
+    halves = torch.randint(-13, 14, (64, 64), generator=generator).float()
+    halves[:, 0] = 14.0
+    layer.weight.data = halves * (0.01 * torch.rand(64, 1, generator=generator) + 0.01)
+    before = layer.weight.detach().clone()
+    case = module_case(torch.nn.Sequential(layer), 1, 8, 64)
+    settings = load_settings({75}).with_bitwidths(weight=4, activation=16, per_channel=True)
+    simulation = Simulation(case.adapter, case.samples[0], settings)
+    simulation.calibrate(case.samples)
+    export(case, simulation, tmp_path / "ties.onnx")
+    assert worst_sqnr_db(simulation(case.samples[0]), OnnxRunner(tmp_path / "ties.onnx")(case.samples[0])) > 80
+    assert torch.equal(layer.weight, before)
 
 
 def test_exporting_leaves_the_simulation_as_it_was(attention: Exported) -> None:

@@ -17,7 +17,7 @@ from sdconvert.quantize.simulation import Simulation
 
 LAYERS = {
     "*.attn1.to_q": LayerPrecision(weight_bitwidth=4),
-    "*.attn1.to_v": LayerPrecision(weight_bitwidth=4, block_size=4),
+    "*.attn1.to_v": LayerPrecision(weight_bitwidth=4, block_size=8),
     "*.ff.net.*": LayerPrecision(weight_bitwidth=4, block_size=8),
     "*.attn1.to_out.0": LayerPrecision(weight_bitwidth=16),
 }
@@ -40,7 +40,7 @@ def test_the_sha_form_has_the_bits_of_its_mha_form(tmp_path: Path, rewrites: tup
     assert of == {"to_q": {4}, "to_k": {8}, "to_v": {4}, "to_out": {16}}
     state = case.adapter.model.state_dict()
     for name, entries in parameters.items():
-        blocked = (".attn1.to_v" in name and 4) or (".ff.net." in name and 8)
+        blocked = 8 * (".attn1.to_v" in name or ".ff.net." in name)
         if blocked:
             assert len(entries) == state[name].shape[0] * state[name].shape[1] // blocked, name
     assert worst_sqnr_db(before, sha(case.samples[0])) > 45

@@ -90,7 +90,7 @@ def test_patterns_with_an_effect_pass() -> None:
 def test_each_weight_gets_its_own_bits_and_norms_keep_theirs(case: Case) -> None:
     layers = {
         "*": LayerPrecision(weight_bitwidth=4),
-        "module:2": LayerPrecision(weight_bitwidth=4, block_size=2),
+        "module:2": LayerPrecision(weight_bitwidth=4, block_size=8),
         "5": LayerPrecision(weight_bitwidth=16),
     }
     simulation = calibrated(case, layers)
@@ -99,17 +99,17 @@ def test_each_weight_gets_its_own_bits_and_norms_keep_theirs(case: Case) -> None
     assert found == {
         "0.weight": (4, 16),
         "1.weight": (16, 1),
-        "2.weight": (4, 4 * 8),
+        "2.weight": (4, 4 * 2),
         "3.weight": (4, 8),
         "5.weight": (16, 4),
     }
 
 
 def test_blocks_quantize_each_block_of_input_channels_with_its_own_scale(case: Case) -> None:
-    simulation = calibrated(case, {"2": LayerPrecision(weight_bitwidth=4, block_size=4)})
+    simulation = calibrated(case, {"2": LayerPrecision(weight_bitwidth=4, block_size=8)})
     weight = case.adapter.model.state_dict()["2.weight"]
-    scales = torch.tensor([entry["scale"] for entry in simulation.encodings().parameters["2.weight"]]).reshape(4, 4)
-    blocks = weight.reshape(4, 4, 4)
+    scales = torch.tensor([entry["scale"] for entry in simulation.encodings().parameters["2.weight"]]).reshape(4, 2)
+    blocks = weight.reshape(4, 2, 8)
     expected = torch.maximum(blocks.amax(2) / 7, -blocks.amin(2) / 8)
     torch.testing.assert_close(scales, expected)
 
@@ -125,7 +125,7 @@ def test_blocks_that_do_not_divide_the_channels_are_refused(case: Case) -> None:
 
 
 def test_a_file_says_the_bits_and_blocks_whatever_the_settings(case: Case, tmp_path: Path) -> None:
-    layers = {"2": LayerPrecision(weight_bitwidth=4, block_size=2), "3": LayerPrecision(weight_bitwidth=16)}
+    layers = {"2": LayerPrecision(weight_bitwidth=4, block_size=8), "3": LayerPrecision(weight_bitwidth=16)}
     simulation = calibrated(case, layers)
     save_simulation(simulation, tmp_path / "g.encodings")
     again = load_simulation(tmp_path / "g.encodings", case.adapter, case.samples[0], load_settings({75}))
@@ -175,4 +175,10 @@ def test_4_bits_need_a_scale_per_channel(case: Case) -> None:
 
 def test_blocks_of_a_larger_kernel_are_refused(case: Case) -> None:
     with pytest.raises(UsageError, match="`module:0` is a convolution of 3x3, for which HTP takes no blocks"):
-        calibrated(case, {"0": LayerPrecision(weight_bitwidth=4, block_size=2)})
+        calibrated(case, {"0": LayerPrecision(weight_bitwidth=8, block_size=4)})
+
+
+def test_blocks_that_fill_no_32_bits_are_refused(case: Case) -> None:
+    with pytest.raises(UsageError, match="`module:2`: HTP takes no blocks of 4 weights of 4 bits") as error:
+        calibrated(case, {"2": LayerPrecision(weight_bitwidth=4, block_size=4)})
+    assert "multiple of 8" in error.value.hint
