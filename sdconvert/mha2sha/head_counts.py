@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sdconvert.errors import CheckpointError, UsageError
-from sdconvert.plugins.selectors import matches_pattern
+from sdconvert.patterns import matches_pattern
 
 _ONE_HEAD = ("AutoencoderKL", "VQModel")
 _SHOWN = 5

@@ -13,7 +13,6 @@ import difflib
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import nn
@@ -24,7 +23,6 @@ from sdconvert.plugins.base import BasePluginBlock, unwrap
 _PREFIX = re.compile(r"(re|pre_hook|prehook|cls\((?P<cls>\w+)\)):")
 _ANY_PREFIX = re.compile(r"\w+(\([^)]*\))?:")
 _KNOWN_PREFIXES = "re:, pre_hook:, prehook:, cls(Name):"
-_GLOB = set("*?[")
 
 
 @dataclass(frozen=True)
@@ -123,11 +121,6 @@ def _select(selector: _Selector, layers: list[tuple[str, nn.Module]]) -> list[tu
     if not chosen:
         raise _no_match(selector, named or layers)
     return chosen
-
-
-def matches_pattern(pattern: str, path: str) -> bool:
-    """Whether a path is the one that a pattern says, or fits it as in a shell: `*` also stands for dots."""
-    return pattern == path or (not _GLOB.isdisjoint(pattern) and fnmatchcase(path, pattern))
 
 
 def class_names(module: nn.Module) -> list[str]:

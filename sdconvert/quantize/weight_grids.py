@@ -8,7 +8,7 @@ from typing import Any, Literal
 from sdconvert.config import LayerPrecision
 from sdconvert.errors import EncodingsError, UnsupportedModelError, UsageError
 from sdconvert.io.encodings import Encoding
-from sdconvert.plugins.selectors import matches_pattern
+from sdconvert.patterns import matches_pattern
 from sdconvert.quantize.graph import Parameter
 from sdconvert.quantize.settings import Grid, QuantizerSettings
 

@@ -57,6 +57,21 @@ main({arguments})
     assert finished.stderr == "[]\n"
 
 
+def test_weights_alone_are_split_without_torch(tmp_path: Path) -> None:
+    weights = {f"attn1.{name}.weight": torch.zeros(4, 4) for name in ("to_q", "to_k", "to_v")}
+    save_tensors(weights | {"attn1.to_out.0.weight": torch.zeros(4, 4)}, tmp_path / "x.safetensors")
+    arguments = ["mha2sha", str(tmp_path / "x.safetensors"), "-o", str(tmp_path / "sha"), "--num-heads", "2"]
+    code = f"""
+import atexit, sys
+from sdconvert.cli.app import main
+atexit.register(lambda: print([name for name in ("torch", "numpy", "onnx") if name in sys.modules], file=sys.stderr))
+main({arguments})
+"""
+    finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert finished.stderr == "[]\n"
+    assert (tmp_path / "sha" / "heads.json").is_file()
+
+
 def test_the_road_is_known_without_torch() -> None:
     # A run that reuses every stage takes seconds only because of this: what computes is imported inside `run`.
     code = """
