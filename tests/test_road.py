@@ -63,6 +63,7 @@ def test_every_step_kept_the_graph(road: dict[str, Any], graph: str) -> None:
 def test_attention_per_head_is_the_same_function(road: dict[str, Any]) -> None:
     for graph in GRAPHS:
         assert road["40-mha2sha"][f"{graph}_fp32_relative_error"] <= 1e-5
+        assert road["40-mha2sha"][f"{graph}_worst_layer_fp32_relative_error"] <= 1e-4
         assert float(road["40-mha2sha"][f"{graph}_quantized_sha_vs_mha_db"]) >= 60
 
 

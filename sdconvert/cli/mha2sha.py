@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 
 # Key of a figure of the proof → what a reader is told, and how.
 _FIGURES = {
-    "fp32_relative_error": ("fp32: SHA vs MHA, largest relative error", "{:.1e}"),
+    "fp32_relative_error": ("fp32: SHA vs MHA at the output, largest relative error", "{:.1e}"),
+    "worst_layer_fp32_relative_error": ("fp32: SHA vs MHA, worst layer", "{:.1e}"),
     "quantized_sha_vs_mha_db": ("quantized: SHA vs MHA at the output", "{:.1f} dB"),
     "worst_layer_sha_vs_mha_db": ("quantized: SHA vs MHA, worst layer", "{:.1f} dB"),
     "inherit_vs_fp32_db": ("output vs fp32 with the parents' ranges", "{:.1f} dB"),

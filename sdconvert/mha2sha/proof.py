@@ -17,6 +17,8 @@ from sdconvert.mha2sha.recalibrate import OUTPUT, recalibrate_heads
 from sdconvert.quantize.artifact import Simulation, load_simulation, save_simulation
 
 _LARGEST_FP32_ERROR = 1e-5
+# A layer also inherits what the sums before it rounded otherwise: how threads share a sum moved one from 0 to 9e-6.
+_LARGEST_LAYER_ERROR = 1e-4
 
 
 @dataclass(frozen=True)
@@ -65,9 +67,11 @@ class Proof:
         found: dict[str, float] = {}
         if self.compare:
             errors = relative_errors(fp32, run_fp32(self.adapter, layers, self.inputs))
-            require_small(graph, errors)
+            require_small(graph, errors, _LARGEST_LAYER_ERROR)
+            require_small(graph, {name: errors[name] for name in fp32.graph[0]})
             figures = {name: {"fp32_relative_error": error} for name, error in errors.items()}
-            found["fp32_relative_error"] = max(errors.values())
+            found["fp32_relative_error"] = max(errors[name] for name in fp32.graph[0])
+            found["worst_layer_fp32_relative_error"] = max(errors.values())
             if sha is not None and quantized is not None:
                 agreements = agreements_db(quantized, run_quantized(sha, layers, self.inputs))
                 for name, agreement in agreements.items():
@@ -83,21 +87,22 @@ class Proof:
         return found
 
 
-def require_small(what: str, errors: Mapping[str, float]) -> None:
+def require_small(what: str, errors: Mapping[str, float], allowed: float = _LARGEST_FP32_ERROR) -> None:
     """Refuse a rewrite that changed what the model computes.
 
     Args:
         what: Was rewritten, for the message.
         errors: Relative, in fp32, by place.
+        allowed: The largest that is rounding.
 
     Raises:
         QualityGateError: One of them is more than rounding.
     """
     # NaN is no small error.
-    if large := {place: error for place, error in errors.items() if not error <= _LARGEST_FP32_ERROR}:
+    if large := {place: error for place, error in errors.items() if not error <= allowed}:
         place, error = max(large.items(), key=lambda one: (one[1] != one[1], one[1]))
         raise QualityGateError(
-            f"{what}: SHA differs from MHA by {error:.1e} relative in fp32 (allowed {_LARGEST_FP32_ERROR:.0e}), "
+            f"{what}: SHA differs from MHA by {error:.1e} relative in fp32 (allowed {allowed:.0e}), "
             f"at `{place}`; {len(large)} of {len(errors)} places differ",
             hint="the rewrite is wrong for this model; please report it with its config.json",
         )

@@ -12,7 +12,7 @@ from sdconvert.adapters.controlnet import ControlNetModelAdapter
 from sdconvert.errors import QualityGateError
 from sdconvert.io.tensors import load_tensors
 from sdconvert.mha2sha.pair import run_pair
-from sdconvert.mha2sha.run import _require_small
+from sdconvert.mha2sha.proof import require_small
 from sdconvert.models.attention import SHAAttentionPatch
 from sdconvert.models.pasd import load_pasd
 
@@ -50,6 +50,6 @@ def test_h17_the_pair_keeps_its_answer_when_both_are_rewritten(variant: str) -> 
     wrong = float((run_pair(unet, controlnet, SCALE, inputs) - mha).abs().max() / mha.abs().max())
     assert wrong > 1e-5
     with pytest.raises(QualityGateError, match="the pair: SHA differs from MHA by"):
-        _require_small("the pair", {"right": error, "wrong": wrong})
+        require_small("the pair", {"right": error, "wrong": wrong})
     with pytest.raises(QualityGateError, match="nan"):
-        _require_small("the pair", {"right": error, "broken": float("nan")})
+        require_small("the pair", {"right": error, "broken": float("nan")})

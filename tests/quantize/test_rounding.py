@@ -95,7 +95,8 @@ def test_figures_are_written_with_the_plan(case: Case, tmp_path: Path) -> None:
     assert content["layers"].keys() == result.figures.keys()
     assert all(layer["loss"] <= layer["nearest_loss"] for layer in content["layers"].values())
     assert "3 layers in 3 groups" in content["plan"] and "20 samples, 2 of them held out" in content["plan"]
-    assert content["forwards"] == pytest.approx(40)
+    # Twice for each sample, but for what is the same on both paths.
+    assert 20 < content["forwards"] <= 40
 
 
 def test_a_limit_that_is_too_small_is_refused_beforehand(case: Case) -> None:
