@@ -143,7 +143,7 @@ def run_ours(folder: Path, seed: int, count: int, method: Literal["adaround", "c
     traced = graph.trace(adapter, samples[0])
     settings = AdaRoundSettings(solver=SolverSettings(method))
     result = adaround(traced, samples, grids, settings, folder / "adaround")
-    weights = dict(result.weights())
+    weights = {**dict(result.weights()), **result.biases()}
     figures = measured(memory, before, cpu, start) | {"forwards": result.forwards}
     torch.save(weights, folder / "weights.pt")
     return figures

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sdconvert.artifacts import atomic_file, atomic_folder, write_json_atomic
+from sdconvert.io.files import atomic_file, atomic_folder, write_json_atomic
 from sdconvert.io.safetensors_file import safetensors_header
 from sdconvert.io.stored_tensor import ByteRange, contiguous
 from sdconvert.io.weights_index import read_index

@@ -10,8 +10,8 @@ and `parameters_sha.encodings` of the run hold. `tests/test_shipped_encodings.py
 import argparse
 from pathlib import Path
 
-from sdconvert.artifacts import write_text_atomic
 from sdconvert.io.encodings import dump_encodings, read_encodings
+from sdconvert.io.files import write_text_atomic
 
 SHIPPED = Path(__file__).parents[1] / "encodings" / "pasd_tiny"
 FORMS = {"mha": "30-quantize", "sha": "40-mha2sha"}

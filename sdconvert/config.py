@@ -121,6 +121,9 @@ class AdaRoundSection(_Section):
     """Layers see quantized activations too; AIMET's AdaRound leaves them in floating point."""
     refit_scale: bool = False
     """Fit each output channel's scale to its codes."""
+    correct_bias: bool = True
+    """Have each layer's bias make up for the mean of its output's error (Nagel et al., 2019); AIMET's AdaRound leaves
+    biases alone."""
     reconstruct: Literal["block", "layer+activation"] | None = None
     """Train the rounding of whole blocks, or of layers with the activation behind them, once each layer has its own
     (BRECQ, Li et al., 2021); with `quantized_activations` as QDrop does it (Wei et al., 2022)."""

@@ -16,18 +16,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from sdconvert.artifacts import (
-    Manifest,
-    RunFolder,
-    atomic_folder,
-    describe_outputs,
-    explain_disk_full,
-    sha256_file,
-    sha256_folder,
-    write_text_atomic,
-)
+from sdconvert.artifacts import Manifest, RunFolder, describe_outputs
 from sdconvert.config import Recipe, did_you_mean, dump_recipe
 from sdconvert.errors import EnvironmentProblem, PreconditionError, UsageError
+from sdconvert.io.files import atomic_folder, explain_disk_full, sha256_file, sha256_folder, write_text_atomic
 from sdconvert.memory import PeakMemory
 from sdconvert.source import source_hash
 

@@ -9,17 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sdconvert.artifacts import (
-    Manifest,
-    atomic_file,
-    atomic_folder,
-    describe_outputs,
-    read_json,
-    sha256_file,
-    sha256_folder,
-    write_json_atomic,
-)
+from sdconvert.artifacts import Manifest, describe_outputs
 from sdconvert.errors import EnvironmentProblem, PreconditionError
+from sdconvert.io.files import atomic_file, atomic_folder, read_json, sha256_file, sha256_folder, write_json_atomic
 
 # Text that reads like a number that JSON lacks comes back as that number; no stage writes such text.
 TEXT = st.text().filter(lambda text: text not in ("Infinity", "-Infinity", "NaN"))

@@ -8,7 +8,7 @@ from transformers import CLIPTokenizer
 
 from pasd_tiny.networks import build_networks, build_scheduler, build_vae
 from pasd_tiny.training import averaged_weights, part
-from sdconvert.artifacts import atomic_folder, write_json_atomic
+from sdconvert.io.files import atomic_folder, write_json_atomic
 from sdconvert.models.pasd import save_pasd
 
 _CLASSES = {

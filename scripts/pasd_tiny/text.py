@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
-from sdconvert.artifacts import atomic_folder
+from sdconvert.io.files import atomic_folder
 
 _MERGES = 1500
 _START, _END = "<|startoftext|>", "<|endoftext|>"

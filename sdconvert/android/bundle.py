@@ -22,8 +22,8 @@ import torch
 from sdconvert.android.artifact import tar_path
 from sdconvert.android.checks import Sample, check_contexts, check_samples
 from sdconvert.android.manifest import FileRecord, GraphRecord, Manifest, Role, SampleRecord, SocRecord, TensorRecord
-from sdconvert.artifacts import atomic_file, atomic_folder, sha256_file
 from sdconvert.errors import UsageError
+from sdconvert.io.files import atomic_file, atomic_folder, sha256_file
 from sdconvert.qnn.artifact import Context, TensorSpec
 
 __all__ = ["Sample", "write_bundle"]

@@ -11,8 +11,8 @@ from typing import Any
 
 from torch import Tensor
 
-from sdconvert.artifacts import read_json, sha256_file, write_json_atomic
 from sdconvert.errors import PreconditionError, UsageError
+from sdconvert.io.files import read_json, sha256_file, write_json_atomic
 from sdconvert.io.tensors import load_tensors, save_tensors
 
 _SHARD_BYTES = 64 << 20

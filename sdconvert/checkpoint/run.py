@@ -7,10 +7,10 @@ from torch import nn
 
 from sdconvert.adapters import adapter_for, require_capabilities
 from sdconvert.adapters.schedulers import require_expressible
-from sdconvert.artifacts import write_json_atomic
 from sdconvert.checkpoint.loras import STEMS, fuse_loras
 from sdconvert.checkpoint.source import PARTS, resolve_checkpoint
 from sdconvert.config import Recipe
+from sdconvert.io.files import write_json_atomic
 from sdconvert.pipelines.pasd import PASDPipeline
 from sdconvert.stages import StageContext
 

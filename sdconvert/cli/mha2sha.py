@@ -141,7 +141,7 @@ def _show(session: Session, result: "Mha2ShaSummary", checked: "SamplesProof | N
         summary["unquantized"] = checked.unquantized
         rows.append(("quantized: not compared, for", checked.unquantized))
     if checked is not None and checked.proof.samples is not None:
-        from sdconvert.artifacts import read_json
+        from sdconvert.io.files import read_json
         from sdconvert.mha2sha.artifact import HEAD_RANGES
 
         summary["head_ranges"] = read_json(result.out / HEAD_RANGES)

@@ -83,8 +83,9 @@ def mixed_recipe(
     They come from the figures of `quantize sensitivity` in the same run folder: the best model of at most a size, or
     the smallest of at least a quality.
     """
-    from sdconvert.artifacts import RunFolder, write_text_atomic
+    from sdconvert.artifacts import RunFolder
     from sdconvert.config import dump_recipe, load_recipe, parse_size
+    from sdconvert.io.files import write_text_atomic
     from sdconvert.quantize.mixed_precision import choose, frontier, read_sensitivity, with_choice
 
     loaded = load_recipe(recipe, set_)

@@ -36,7 +36,7 @@ class Session:
         """Print a result: as one JSON object if asked for, otherwise as tables and lines for a reader."""
         self.shown = True
         if self.json:
-            from sdconvert.artifacts import to_json
+            from sdconvert.io.files import to_json
 
             print(to_json(data))
             return

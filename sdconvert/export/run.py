@@ -7,7 +7,6 @@ from typing import Any
 import onnx
 
 from sdconvert.adapters import ModelAdapter, Tensors
-from sdconvert.artifacts import write_json_atomic
 from sdconvert.calibration.artifact import CalibrationArtifact
 from sdconvert.checkpoint.artifact import CheckpointArtifact
 from sdconvert.export.aimet import to_onnx
@@ -15,6 +14,7 @@ from sdconvert.export.artifact import ExportArtifact
 from sdconvert.export.block_biases import adapt_block_biases
 from sdconvert.export.operands import insert_operand_pairs
 from sdconvert.export.transposed_keys import take_keys_as_rows
+from sdconvert.io.files import write_json_atomic
 from sdconvert.metrics import worst_sqnr_db
 from sdconvert.mha2sha.artifact import Mha2ShaArtifact
 from sdconvert.pipelines.backend import graph_adapters

@@ -33,6 +33,8 @@ class StoredBytes:
     def blocks(self, sources: Iterable[StoredTensor]) -> Iterator[memoryview]:
         """Yield the sources' elements, row-major, in blocks of `BLOCK_BYTES`; each is valid until the next.
 
+        A whole block is the buffer itself: `.obj` of all but the last is a bytearray of as many bytes.
+
         Raises:
             CheckpointError: A file became shorter than it was.
         """
@@ -135,8 +137,9 @@ def first_difference(one: Iterable[StoredTensor], other: Iterable[StoredTensor])
     with StoredBytes() as reader:
         position = 0
         for left, right in zip(reader.blocks(one), reader.blocks(other), strict=True):
-            # Whole buffers are compared at once; views of them would be compared byte by byte.
-            if left.tobytes() != right.tobytes():
+            # Buffers are compared at once; views of them would be compared byte by byte.
+            whole = len(left) == len(right) == BLOCK_BYTES
+            if left.obj != right.obj if whole else left.tobytes() != right.tobytes():
                 return position + next(i for i, (a, b) in enumerate(zip(left, right, strict=True)) if a != b)
             position += len(left)
     return None

@@ -8,8 +8,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torch.nn import functional
 
-from sdconvert.artifacts import atomic_file
 from sdconvert.errors import UsageError
+from sdconvert.io.files import atomic_file
 
 
 def read_image(path: Path) -> Tensor:

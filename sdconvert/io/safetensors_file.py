@@ -8,6 +8,7 @@ The library itself costs an import of torch, which is more memory and time than 
 """
 
 import json
+import mmap
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -22,6 +23,7 @@ from sdconvert.io.stored_tensor import DATA_TYPES, ByteRange, Piece, StoredTenso
 _HEADER_BYTES = 100_000_000  # the library's limit
 _METADATA = "__metadata__"
 _Entry = TypeVar("_Entry", Piece, StoredTensor)
+_WORTH_PADDING = 1 << 20  # bytes of data
 _BY_NAME = {data_type.safetensors: data_type for data_type in DATA_TYPES.values() if data_type.safetensors}
 
 
@@ -70,6 +72,8 @@ def write_safetensors(path: Path, pieces: Sequence[Piece], metadata: Mapping[str
         CheckpointError: A tensor's type does not exist in this format.
     """
     header, stored = safetensors_header(pieces, metadata)
+    if sum(piece.nbytes for piece in stored) >= _WORTH_PADDING:
+        header = _padded(header, stored[0].sources[0].bytes.start)
     size = len(header) + sum(piece.nbytes for piece in stored)
     # Opened without truncation: ext4 writes a truncated file to the disk when it is closed, 0.6 s of 1.6 for 1.4 GB.
     with path.open("r+b", buffering=0) as file, StoredBytes() as reader:
@@ -117,6 +121,12 @@ def safetensors_header(
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text, stored
+
+
+def _padded(header: bytes, start: int) -> bytes:
+    """Have data begin as far from a page's start as in their source: whole pages are copied in a tenth less time."""
+    text = header[8:] + b" " * ((start - len(header)) % mmap.PAGESIZE // 8 * 8)
+    return len(text).to_bytes(8, "little") + text
 
 
 def _unique(path: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -187,7 +187,13 @@ def runs(sources: Iterable[StoredTensor]) -> Iterator[ByteRange | StoredTensor]:
 
 def is_text(name: object) -> bool:
     """Whether a name can be written in UTF-8: both formats let half a surrogate pair through their readers."""
-    return isinstance(name, str) and not any("\ud800" <= character <= "\udfff" for character in name)
+    if not isinstance(name, str):
+        return False
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def flat_tensors(path: Path, content: object, tensor: type[T]) -> dict[str, T]:

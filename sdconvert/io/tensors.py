@@ -12,8 +12,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from sdconvert.artifacts import atomic_file, disk_full, is_disk_full
 from sdconvert.errors import CheckpointError, UsageError
+from sdconvert.io.files import atomic_file, disk_full, is_disk_full
 from sdconvert.io.stored_tensor import damaged, flat_tensors
 from sdconvert.io.weights_index import WEIGHTS_SUFFIXES, read_index, require_weights_file
 

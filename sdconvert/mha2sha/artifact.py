@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sdconvert.adapters import ModelAdapter, Tensors
-from sdconvert.artifacts import read_json
+from sdconvert.io.files import read_json
 from sdconvert.mha2sha.forms import rewrite_to_sha
 from sdconvert.mha2sha.name_map import NAME
 from sdconvert.quantize.artifact import QuantizerSettings, Simulation, load_simulation

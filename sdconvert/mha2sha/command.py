@@ -1,12 +1,13 @@
 """`sdconvert mha2sha`: weights and encodings in MHA form → the SHA form, read again and compared; and back."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from sdconvert.artifacts import atomic_folder
 from sdconvert.errors import CheckpointError, UsageError
+from sdconvert.io.files import atomic_folder
 from sdconvert.io.weights_index import WeightsLayout, read_index
 from sdconvert.mha2sha.head_counts import heads_from_config, read_heads_file
 from sdconvert.mha2sha.heads import attention_paths, head_splits, plan_splits
@@ -97,8 +98,7 @@ def convert_folder(
         UsageError: An option has no effect or is missing.
         SdconvertError: What the proof raises.
     """
-    if format is not None and format not in FORMATS:
-        raise UsageError(f"no format is called `{format}`", hint=f"choose {' or '.join(FORMATS)}")
+    suffix = _suffix(format)
     files = find_source(source)
     _require_other_folder(files, out)
     index = read_index(files.weights)
@@ -109,23 +109,25 @@ def convert_folder(
     heads = {layer: count for layer, count in heads.items() if layer not in left_alone}
     splits = _in_order([*splits, *rewrite_splits(index.shapes, rewrites)], index.shapes)
     with atomic_folder(out) as partial:
-        suffix = f".{format}" if format else None
-        weights = split_weights(index, splits, partial, stem(Path(renamed(files.weights.name, "sha"))), suffix)
-        records, left_out, grids = _split_encodings(
-            files,
-            partial,
-            splits,
-            list(index.shapes),
-            # For the reverse, `heads.json` keeps the ranges that the proof will change.
-            keep_ranges=proof is not None and proof.samples is not None,
-            verify=verify,
-        )
-        written = read_index(weights)
-        tensors = verify_weights(index, written, splits) if verify else None
-        if files.config:
-            (partial / files.config.name).write_bytes(files.config.read_bytes())
-        layout = index.layout().model_dump(mode="json")
-        NameMap(tuple(splits), heads, left_alone, layout, records, tuple(rewrites)).save(partial)
+        # The system copies the weights; Python is free for the encodings meanwhile.
+        with ThreadPoolExecutor(1) as background:
+            name = stem(Path(renamed(files.weights.name, "sha")))
+            weights = background.submit(split_weights, index, splits, partial, name, suffix)
+            records, left_out, grids = _split_encodings(
+                files,
+                partial,
+                splits,
+                list(index.shapes),
+                # For the reverse, `heads.json` keeps the ranges that the proof will change.
+                keep_ranges=proof is not None and proof.samples is not None,
+                verify=verify,
+            )
+            if files.config:
+                (partial / files.config.name).write_bytes(files.config.read_bytes())
+            layout = asdict(index.layout())
+            NameMap(tuple(splits), heads, left_alone, layout, records, tuple(rewrites)).save(partial)
+        written = weights.result()
+        tensors = verify_weights(index, read_index(written), splits) if verify else None
         figures = proof(partial) if proof else {}
         names = tuple(sorted(path.name for path in partial.iterdir()))
     return Mha2ShaSummary(
@@ -134,7 +136,7 @@ def convert_folder(
         attention_layers=len(heads),
         heads=sum(heads.values()),
         tensors_before=len(index.tensors),
-        tensors_after=len(written.tensors),
+        tensors_after=len(index.tensors) + sum(len(split.parts) - 1 for split in splits),
         verified_tensors=tensors,
         verified_grids=grids if verify else None,
         left_alone=left_alone,
@@ -189,6 +191,12 @@ def reverse_folder(source: Path, out: Path, *, verify: bool = True) -> Mha2ShaSu
         left_out={},
         files=names,
     )
+
+
+def _suffix(format: str | None) -> str | None:
+    if format is not None and format not in FORMATS:
+        raise UsageError(f"no format is called `{format}`", hint=f"choose {' or '.join(FORMATS)}")
+    return f".{format}" if format else None
 
 
 def _in_order(splits: list[RowSplit], keys: Iterable[str]) -> list[RowSplit]:

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sdconvert.artifacts import write_text_atomic
 from sdconvert.errors import CheckpointError
+from sdconvert.io.files import write_text_atomic
 from sdconvert.mha2sha.row_split import Part, RowSplit
 
 NAME = "heads.json"

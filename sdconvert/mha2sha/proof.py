@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sdconvert.adapters import ModelAdapter, Tensors
-from sdconvert.artifacts import write_json_atomic
 from sdconvert.errors import QualityGateError
+from sdconvert.io.files import write_json_atomic
 from sdconvert.mha2sha.artifact import AGREEMENT, HEAD_RANGES
 from sdconvert.mha2sha.forms import rewrite_to_sha
 from sdconvert.mha2sha.layers import agreements_db, relative_errors, run_fp32, run_quantized

@@ -16,8 +16,8 @@ from diffusers.models.controlnets.controlnet import ControlNetModel
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import nn
 
-from sdconvert.artifacts import write_json_atomic
 from sdconvert.errors import CheckpointError
+from sdconvert.io.files import write_json_atomic
 from sdconvert.io.tensors import load_tensors, save_tensors, tensor_shapes, weights_file
 from sdconvert.models.config_json import making_model, read_config
 from sdconvert.models.controlnet import ConditioningPlugin

@@ -11,8 +11,8 @@ from typing import Any
 
 from torch import Tensor
 
-from sdconvert.artifacts import read_json, write_json_atomic
 from sdconvert.errors import PreconditionError
+from sdconvert.io.files import read_json, write_json_atomic
 from sdconvert.io.tensors import load_tensors, unflatten
 from sdconvert.qnn.context import Context, TensorSpec
 from sdconvert.qnn.info import ContextInfo, check_context_info, parse_context_info

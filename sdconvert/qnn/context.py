@@ -11,8 +11,8 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from sdconvert.artifacts import atomic_file, write_json_atomic
 from sdconvert.errors import CompileError, UsageError
+from sdconvert.io.files import atomic_file, write_json_atomic
 from sdconvert.qnn.info import ContextInfo, check_context_info, read_context_info
 from sdconvert.qnn.nodes import nodes_path
 from sdconvert.qnn.refusal import explain_refusal

@@ -8,7 +8,7 @@ import json
 from collections import Counter
 from pathlib import Path
 
-from sdconvert.artifacts import read_json
+from sdconvert.io.files import read_json
 
 _TENSOR_LOG = "_tensor_log"
 _BINARY = "_qnn.bin"

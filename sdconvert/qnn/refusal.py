@@ -7,8 +7,8 @@ import re
 from collections import Counter
 from pathlib import Path
 
-from sdconvert.artifacts import disk_full
 from sdconvert.errors import CompileError, SdconvertError
+from sdconvert.io.files import disk_full
 from sdconvert.soc import Soc
 
 _REFUSED = re.compile(r"\{ name: (?P<name>.*?), type: (?P<type>\w+) \}")

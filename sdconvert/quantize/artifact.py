@@ -7,8 +7,8 @@ from typing import Any
 from torch import Tensor
 
 from sdconvert.adapters import ModelAdapter, Tensors
-from sdconvert.artifacts import read_json
 from sdconvert.io.encodings import read_encodings, write_encodings
+from sdconvert.io.files import read_json
 from sdconvert.io.tensors import load_tensors
 from sdconvert.quantize.files import from_sections, to_sections
 from sdconvert.quantize.mixed_precision import Choice, frontier, read_sensitivity

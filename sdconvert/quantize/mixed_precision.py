@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sdconvert.artifacts import read_json
 from sdconvert.config import LayerPrecision, Recipe
 from sdconvert.errors import PreconditionError, UsageError
+from sdconvert.io.files import read_json
 
 Key = tuple[str, str]
 """Graph and weight."""

@@ -5,9 +5,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from sdconvert.artifacts import write_json_atomic
 from sdconvert.config import AdaRoundSection
 from sdconvert.errors import BudgetError
+from sdconvert.io.files import write_json_atomic
 from sdconvert.quantize.adaround.code_grid import CodeGrid
 from sdconvert.quantize.adaround.plan import Plan
 from sdconvert.quantize.adaround.reconstruct import Reconstruction
@@ -21,6 +21,7 @@ def settings_of(section: AdaRoundSection) -> AdaRoundSettings:
     return AdaRoundSettings(
         solver=SolverSettings(method=section.solver, refit_scale=section.refit_scale),
         inputs=section.inputs,
+        correct_bias=section.correct_bias,
         reconstruct=Reconstruction(kind=section.reconstruct) if section.reconstruct else None,
         quantizers=section.quantized_activations,
         held_out=section.held_out,
@@ -64,7 +65,7 @@ def round_weights(
     result = adaround(
         simulation.graph_module, samples, rounded_grids(simulation), settings_of(section), scratch, report=report
     )
-    simulation.set_weights(dict(result.weights()))
+    simulation.set_weights({**dict(result.weights()), **result.biases()})
     ranges = simulation.encodings()
     simulation.load(Encodings({**ranges.parameters, **result.encodings()}, ranges.activations))
     simulation.recalibrate(samples)

@@ -6,11 +6,11 @@ from typing import Any
 
 from torch import Tensor
 
-from sdconvert.artifacts import write_json_atomic
 from sdconvert.calibration.artifact import CalibrationArtifact
 from sdconvert.checkpoint.artifact import CheckpointArtifact
 from sdconvert.config import Recipe
 from sdconvert.io.encodings import write_encodings, write_params
+from sdconvert.io.files import write_json_atomic
 from sdconvert.io.tensors import save_tensors
 from sdconvert.metrics import psnr_db, worst_sqnr_db
 from sdconvert.pipelines.backend import graph_adapters, swap_backends

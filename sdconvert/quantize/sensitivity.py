@@ -13,12 +13,13 @@ from typing import Any, get_args
 from torch import Tensor
 
 from sdconvert.adapters import ModelAdapter, Tensors
-from sdconvert.artifacts import RunFolder, read_json, write_json_atomic
+from sdconvert.artifacts import RunFolder
 from sdconvert.calibration.artifact import TILE, CalibrationArtifact
 from sdconvert.checkpoint.artifact import CheckpointArtifact
 from sdconvert.config import Recipe, did_you_mean
 from sdconvert.errors import UsageError
 from sdconvert.io.encodings import Encoding
+from sdconvert.io.files import read_json, write_json_atomic
 from sdconvert.metrics import sqnr_db, worst_sqnr_db
 from sdconvert.pipelines.backend import graph_adapters
 from sdconvert.pipelines.sampling import sampling_arguments

@@ -65,7 +65,7 @@ class Simulation:
 
     @property
     def rounded_weights(self) -> dict[str, Tensor]:
-        """Weights that this graph has instead of the model's, by name."""
+        """Weights, and biases that go with them, that this graph has instead of the model's, by name."""
         return dict(self._rounded)
 
     def layer_weights(self) -> dict[str, tuple[int, ...]]:
@@ -81,17 +81,23 @@ class Simulation:
         """Have this graph compute with other weights; the model keeps its own, and stays what figures refer to.
 
         Args:
-            weights: By name, in the model's shapes; of weights that have a quantizer.
+            weights: By name, in the model's shapes; of weights that have a quantizer, and of layers' biases.
 
         Raises:
             UsageError: One of them is no such weight.
         """
-        if odd := sorted(weights.keys() - self.quantizers.sources.keys()):
+        biases = {
+            parameter.name: str(parameter.node.target)
+            for parameter in graph.parameters(self.graph_module)
+            if parameter.is_bias and parameter.layer in self.quantizers.layers
+        }
+        sources = {**biases, **self.quantizers.sources}
+        if odd := sorted(weights.keys() - sources.keys()):
             raise UsageError(
                 f"`{odd[0]}` is no quantized weight of the {self.adapter.graph_name} graph", hint="is it in the model?"
             )
         for name, weight in weights.items():
-            source = self.quantizers.sources[name]
+            source = sources[name]
             self._floating.setdefault(source, self.graph_module.get_parameter(source))
             aimet.set_parameter(self.graph_module, source, nn.Parameter(weight, requires_grad=False))
             self._rounded[name] = weight

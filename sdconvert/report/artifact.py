@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sdconvert.artifacts import read_json
+from sdconvert.io.files import read_json
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,11 @@ from typing import Any
 from torch import Tensor
 
 from sdconvert.android.artifact import AndroidArtifact
-from sdconvert.artifacts import Manifest, RunFolder, read_json
+from sdconvert.artifacts import Manifest, RunFolder
 from sdconvert.config import GatesSection, Recipe
 from sdconvert.errors import PreconditionError
 from sdconvert.export.artifact import ExportArtifact
+from sdconvert.io.files import read_json
 from sdconvert.mha2sha.artifact import Mha2ShaArtifact
 from sdconvert.qnn.artifact import QnnArtifact
 from sdconvert.quantize.artifact import QuantizeArtifact, size_against_quality

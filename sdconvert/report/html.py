@@ -10,7 +10,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from jinja2.filters import do_filesizeformat
 from markupsafe import Markup
 
-from sdconvert.artifacts import to_json
+from sdconvert.io.files import to_json
 from sdconvert.report.figures import worst_layers
 from sdconvert.report.pictures import LABELS
 from sdconvert.report.plot import plot_layers, plot_sizes

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sdconvert.artifacts import write_json_atomic, write_text_atomic
+from sdconvert.io.files import write_json_atomic, write_text_atomic
 from sdconvert.io.images import write_png
 from sdconvert.report.artifact import ReportArtifact
 from sdconvert.report.figures import collect_figures

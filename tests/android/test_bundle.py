@@ -10,8 +10,8 @@ import torch
 from bundle_request import BundleRequest
 
 from sdconvert.android.artifact import AndroidArtifact, tar_path
-from sdconvert.artifacts import sha256_file
 from sdconvert.errors import EnvironmentProblem, PreconditionError, UsageError
+from sdconvert.io.files import sha256_file
 from sdconvert.qnn.simulator import Simulator
 
 

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from sdconvert.android.artifact import tar_path
 from sdconvert.android.verify import describe_bundle, verify_bundle
-from sdconvert.artifacts import sha256_file
 from sdconvert.errors import UsageError
+from sdconvert.io.files import sha256_file
 
 
 @pytest.fixture

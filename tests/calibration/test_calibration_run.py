@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from sdconvert.artifacts import RunFolder, sha256_folder
+from sdconvert.artifacts import RunFolder
 from sdconvert.assets import asset_path
 from sdconvert.calibration.artifact import CalibrationArtifact
 from sdconvert.calibration.crops import calibration_crops
@@ -18,6 +18,7 @@ from sdconvert.checkpoint.artifact import CheckpointArtifact
 from sdconvert.config import Recipe
 from sdconvert.errors import BudgetError
 from sdconvert.io.degradation import degrade
+from sdconvert.io.files import sha256_folder
 from sdconvert.pipelines.backend import graph_adapters
 from sdconvert.pipelines.pasd import PASDPipeline
 from sdconvert.pipelines.residency import ModelResidency

@@ -7,9 +7,10 @@ import pytest
 import torch
 from onnx import TensorProto, helper
 
-from sdconvert.artifacts import Manifest, describe_outputs, write_json_atomic
+from sdconvert.artifacts import Manifest, describe_outputs
 from sdconvert.cli.inspect import _compare, _recognize
 from sdconvert.errors import CheckpointError, UsageError
+from sdconvert.io.files import write_json_atomic
 from sdconvert.io.tensors import save_tensors
 
 WEIGHTS = {"conv.weight": torch.zeros(4, 3), "conv.bias": torch.zeros(4), "norm.weight": torch.zeros(2)}

@@ -10,9 +10,9 @@ import torch
 from mha_folder import write_folder
 from static_graphs import golden_case, shared_case, shared_simulation, simulate, small_case
 
-from sdconvert.artifacts import sha256_folder
 from sdconvert.errors import CheckpointError, EncodingsError, SdconvertError, UsageError
 from sdconvert.io.encodings import read_encodings, write_encodings, write_params
+from sdconvert.io.files import sha256_folder
 from sdconvert.io.tensors import load_tensors, save_tensors
 from sdconvert.metrics import max_abs, worst_sqnr_db
 from sdconvert.mha2sha.artifact import Mha2ShaArtifact

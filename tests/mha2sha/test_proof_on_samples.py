@@ -11,10 +11,10 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from mha_folder import write_folder
 from static_graphs import Case, shared_case, shared_simulation, simulate, vae_case
 
-from sdconvert.artifacts import read_json, sha256_folder
 from sdconvert.calibration.store import ActivationWriter
 from sdconvert.cli.app import main
 from sdconvert.errors import QualityGateError
+from sdconvert.io.files import read_json, sha256_folder
 from sdconvert.io.tensors import load_tensors, save_tensors
 from sdconvert.mha2sha.command import convert_folder
 from sdconvert.mha2sha.proof_on_samples import proof_on_samples

@@ -3,7 +3,7 @@
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -105,7 +105,7 @@ def round_trip(folder: Path, drawn: Drawn, suffix: str | None) -> None:
     assert len(sha.files) == drawn.shards
     assert sha.suffix == (suffix or drawn.suffix)
     assert verify_weights(mha, sha, drawn.splits) == len(expected)
-    layout = WeightsLayout.parse(mha.layout().model_dump(mode="json"), folder / "heads.json")
+    layout = WeightsLayout.parse(asdict(mha.layout()), folder / "heads.json")
     back = read_index(merge_weights(sha, drawn.splits, layout, folder / "back"))
     require_same(back, drawn.state)
     assert [list(file.tensors) for file in back.files] == [list(file.tensors) for file in mha.files]

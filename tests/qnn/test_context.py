@@ -8,8 +8,8 @@ import onnx
 import pytest
 from qdq_graph import conv_silu_conv, refused, signed_conv_output
 
-from sdconvert.artifacts import sha256_file
 from sdconvert.errors import CompileError, EnvironmentProblem, UsageError
+from sdconvert.io.files import sha256_file
 from sdconvert.qnn.context import Context, compile_context
 from sdconvert.qnn.info import check_context_info, parse_context_info, read_context_info
 from sdconvert.soc import find_soc

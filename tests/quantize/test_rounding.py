@@ -52,8 +52,9 @@ def held_out_db(case: Case, simulation: Simulation) -> float:
         AdaRoundSection(quantized_activations=True, solver="adaround"),
         AdaRoundSection(inputs="fp"),
         AdaRoundSection(reconstruct="layer+activation"),
+        AdaRoundSection(correct_bias=False),
     ],
-    ids=["default", "refit", "adaround", "fp", "reconstruct"],
+    ids=["default", "refit", "adaround", "fp", "reconstruct", "biases stay"],
 )
 def test_outputs_of_data_that_were_not_seen_come_closer(case: Case, section: AdaRoundSection, tmp_path: Path) -> None:
     simulation = simulated(case)
@@ -66,8 +67,12 @@ def test_outputs_of_data_that_were_not_seen_come_closer(case: Case, section: Ada
     assert told == ["0.weight", "2.weight", "4.weight"]
     # The model is the reference of every later figure, and keeps its weights.
     assert all(torch.equal(tensor, model[name]) for name, tensor in case.adapter.model.state_dict().items())
-    assert simulation.rounded_weights.keys() == result.figures.keys() == rounded_grids(simulation).keys()
-    for name, weight in simulation.rounded_weights.items():
+    rounded = simulation.rounded_weights
+    biases = {name: rounded.pop(name) for name in result.biases()}
+    assert rounded.keys() == result.figures.keys() == rounded_grids(simulation).keys()
+    assert biases.keys() == ({"0.bias", "2.bias", "4.bias"} if section.correct_bias else set())
+    assert all(not torch.equal(bias, model[name]) for name, bias in biases.items())
+    for name, weight in rounded.items():
         grid = rounded_grids(simulation)[name]
         again = grid.dequantize(grid.nearest(weight.flatten(1))).reshape(weight.shape)
         torch.testing.assert_close(again, weight, rtol=1e-6, atol=0)

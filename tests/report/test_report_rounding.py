@@ -9,8 +9,9 @@ import torch
 from made_report import make_report
 from tiny_run import GRAPHS, RECIPE, copy_run
 
-from sdconvert.artifacts import RunFolder, read_json, write_json_atomic
+from sdconvert.artifacts import RunFolder
 from sdconvert.config import Recipe
+from sdconvert.io.files import read_json, write_json_atomic
 from sdconvert.io.tensors import load_tensors, save_tensors
 
 

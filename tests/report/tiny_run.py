@@ -11,10 +11,11 @@ from torch import Tensor
 
 from sdconvert.android.artifact import BUNDLE
 from sdconvert.android.bundle import Sample, write_bundle
-from sdconvert.artifacts import Manifest, RunFolder, describe_outputs, write_json_atomic
+from sdconvert.artifacts import Manifest, RunFolder, describe_outputs
 from sdconvert.config import Recipe
 from sdconvert.export.artifact import ExportArtifact
 from sdconvert.io.degradation import enlarge
+from sdconvert.io.files import write_json_atomic
 from sdconvert.io.tensors import save_tensors
 from sdconvert.qnn.artifact import QnnArtifact
 from sdconvert.qnn.context import Context, compile_context

@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sdconvert.artifacts import atomic_file
 from sdconvert.io.encodings.entries import entry_text
 from sdconvert.io.encodings.tensor import LEGACY, TensorEncoding
+from sdconvert.io.files import atomic_file
 
 PARAMS, ACTIVATIONS, FUNCTIONAL, MIXED = (
     "param_encodings",

@@ -11,10 +11,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sdconvert.artifacts import write_text_atomic
 from sdconvert.errors import EncodingsError
 from sdconvert.io.encodings.entries import to_legacy
 from sdconvert.io.encodings.reading import read_encodings_file
+from sdconvert.io.files import write_text_atomic
 
 VERSION = "0.6.1"
 Encoding = dict[str, Any]

@@ -119,6 +119,7 @@ class BlockRounds:
                 of[name].codes(name).flatten(1).float(),
                 of[name].grids[name],
                 of[name].figures[name],
+                of[name].biases.get(name),
             )
             for name in names
         }

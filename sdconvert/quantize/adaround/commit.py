@@ -3,7 +3,7 @@
 import json
 import shutil
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -16,7 +16,7 @@ from sdconvert.quantize.adaround.code_grid import CodeGrid
 from sdconvert.quantize.adaround.layers import RoundedLayer
 from sdconvert.quantize.adaround.solve import LayerFigures, LayerResult
 
-_CODES, _SCALE, _LOWEST = "codes", "scale", "lowest"
+_CODES, _SCALE, _LOWEST, _BIAS = "codes", "scale", "lowest", "bias"
 _SAID = "group"
 
 
@@ -30,6 +30,7 @@ class CommittedGroup:
         grids: Of their weights.
         figures: Of the layers. In a block they are those of the rounding by moments that it began with.
         block: Figures of the block, if the file is of one.
+        biases: That changed with the codes, by weight.
     """
 
     path: Path
@@ -37,6 +38,7 @@ class CommittedGroup:
     grids: dict[str, CodeGrid]
     figures: dict[str, LayerFigures]
     block: BlockFigures | None = None
+    biases: Mapping[str, Tensor] = field(default_factory=dict)
 
     def without(self, names: Collection[str]) -> "CommittedGroup":
         """The same without layers that a block has rounded again."""
@@ -46,6 +48,7 @@ class CommittedGroup:
             layers={name: self.layers[name] for name in kept},
             grids={name: self.grids[name] for name in kept},
             figures={name: self.figures[name] for name in kept},
+            biases={name: bias for name, bias in self.biases.items() if name in kept},
         )
 
     def codes(self, name: str) -> Tensor:
@@ -105,6 +108,7 @@ class Commits:
             {layer.name: grids[layer.name].with_scale(tensors[f"{layer.name}/{_SCALE}"].clone()) for layer in layers},
             {name: LayerFigures(**values) for name, values in figures.items()},
             BlockFigures(**block) if block else None,
+            {layer.name: tensors[key].clone() for layer in layers if (key := f"{layer.name}/{_BIAS}") in tensors},
         )
 
     def commit(
@@ -131,6 +135,8 @@ class Commits:
             tensors[f"{name}/{_CODES}"] = result.codes.to(torch.int8) if small else result.codes
             tensors[f"{name}/{_SCALE}"] = result.grid.scale
             tensors[f"{name}/{_LOWEST}"] = result.grid.lowest
+            if result.bias is not None:
+                tensors[f"{name}/{_BIAS}"] = result.bias
         figures = {name: asdict(result.figures) for name, result in results.items()}
         said = {"figures": figures, "fingerprint": fingerprint, "block": asdict(block) if block else None}
         # Under one key: several would be written in any order, and equal groups as unequal files.

@@ -59,7 +59,7 @@ class Rounding:
         state = self._moments.start(self._channels, None)
         for first in range(0, weight.shape[1], block):
             columns = slice(first, min(first + block, weight.shape[1]))
-            hessian = self._moments.block(columns).clone()
+            hessian = self._moments.block(columns)
             hessian.diagonal().add_(self._damping)
             order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
             hessian = hessian[order][:, order]
@@ -97,7 +97,7 @@ class Rounding:
 
     def _descend_block(self, state: Tensor, codes: Tensor, columns: slice) -> Tensor | None:
         """Change the codes of some columns in place; return the change of the weight, None where there is none."""
-        gram = self._moments.block(columns).clone()
+        gram = self._moments.block(columns)
         gram.diagonal().add_(self._damping)
         scale, low, high, old = (
             tensor[:, columns].T.contiguous() for tensor in (self._scale, self._low, self._high, codes)

@@ -27,11 +27,13 @@ class RoundedLayer:
         name: Of the weight, as the model's state dict has it.
         weight_shape: Of the weight.
         convolution: None for a linear layer.
+        bias: Name of the bias, if there is one.
     """
 
     name: str
     weight_shape: tuple[int, ...]
     convolution: Convolution | None = None
+    bias: str | None = None
 
     @property
     def out_channels(self) -> int:
@@ -96,6 +98,43 @@ def unfold(layer: RoundedLayer, band: Tensor, group: int = 0) -> Tensor:
     if settings.kernel == (1, 1) and settings.stride == (1, 1):
         return part.flatten(2)[0].T
     return F.unfold(part, settings.kernel, settings.dilation, 0, settings.stride)[0].T
+
+
+def column_sums(layer: RoundedLayer, x: Tensor, group: int = 0) -> tuple[Tensor, int]:
+    """Sums over the rows that a layer's input stands for, without making them.
+
+    Args:
+        layer: The layer.
+        x: As for `bands`.
+        group: Of the convolution.
+
+    Returns:
+        (columns,), and the number of rows.
+    """
+    if layer.convolution is None:
+        rows = x.reshape(-1, x.shape[-1])
+        return rows.sum(0), len(rows)
+    settings = layer.convolution
+    channels = x.shape[1] // settings.groups
+    down, right = settings.padding
+    padded = F.pad(x[:, group * channels : (group + 1) * channels], (right, right, down, down)).sum(0)
+    lengths = [
+        (size - dilation * (kernel - 1) - 1) // stride + 1
+        for size, kernel, stride, dilation in zip(
+            padded.shape[1:], settings.kernel, settings.stride, settings.dilation, strict=True
+        )
+    ]
+
+    def window(tap: int, axis: int) -> slice:
+        first, stride = tap * settings.dilation[axis], settings.stride[axis]
+        return slice(first, first + stride * (lengths[axis] - 1) + 1, stride)
+
+    taps = [
+        padded[:, window(row, 0), window(column, 1)].sum((1, 2))
+        for row in range(settings.kernel[0])
+        for column in range(settings.kernel[1])
+    ]
+    return torch.stack(taps, 1).reshape(-1), len(x) * lengths[0] * lengths[1]
 
 
 def project(layer: RoundedLayer, band: Tensor, weight: Tensor, group: int = 0) -> Tensor:

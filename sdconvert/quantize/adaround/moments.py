@@ -73,10 +73,23 @@ class LayerGroup:
 
 @dataclass(frozen=True)
 class Channels:
-    """Output channels to be solved: where they stand among all of their group's, and their weight as a matrix."""
+    """Output channels to be solved.
+
+    Attributes:
+        rows: Where they stand among all of their group's.
+        weight: As a matrix.
+        bias: That may change with the weight: (rows,). None: there is none, or it stays.
+    """
 
     rows: slice
     weight: Tensor
+    bias: Tensor | None = None
+
+    def part(self, part: slice) -> "Channels":
+        """Some of them."""
+        first = self.rows.start
+        rows = slice(first + part.start, first + part.stop)
+        return Channels(rows, self.weight[part], None if self.bias is None else self.bias[part])
 
 
 class Moments(ABC):
@@ -100,11 +113,21 @@ class Moments(ABC):
 
     @abstractmethod
     def block(self, columns: slice) -> Tensor:
-        """G among some columns: (some columns, some columns)."""
+        """G among some columns: (some columns, some columns); the caller's own to change."""
 
     @abstractmethod
     def update(self, state: Tensor, columns: slice, change: Tensor) -> None:
         """Take into the state what changed in some columns of the weight."""
+
+    @abstractmethod
+    def subtract_mean(self, state: Tensor, error: Tensor, mean: Tensor) -> None:
+        """Take out of the state an error of the output that all rows of the data share.
+
+        Args:
+            state: Of some output channels.
+            error: Of each: (rows,).
+            mean: Of the inputs: (columns,).
+        """
 
     @abstractmethod
     def full_gradient(self, channels: Channels, delta: Tensor) -> Tensor:
@@ -136,11 +159,15 @@ class QuadraticMoments(Moments):
 
     def block(self, columns: slice) -> Tensor:
         """A part of a panel."""
-        return self.panel(columns)[:, columns]
+        return self.panel(columns)[:, columns].clone()
 
     def update(self, state: Tensor, columns: slice, change: Tensor) -> None:
         """G is symmetric: its rows are its columns."""
         state.addmm_(change, self.panel(columns))
+
+    def subtract_mean(self, state: Tensor, error: Tensor, mean: Tensor) -> None:
+        """What the error adds to the gradient is its product with the inputs' mean."""
+        state.addr_(error, mean, alpha=-1)
 
     def full_gradient(self, channels: Channels, delta: Tensor) -> Tensor:
         """The state is the gradient."""

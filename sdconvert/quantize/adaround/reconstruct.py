@@ -58,12 +58,21 @@ class Reconstruction:
 
 @dataclass(frozen=True)
 class Start:
-    """A layer's weight in its own shape, the codes (out_channels, columns) that moments gave it, and their grid."""
+    """What moments made of a layer.
+
+    Attributes:
+        weight: In its own shape.
+        codes: (out_channels, columns).
+        grid: Of the codes.
+        figures: Of the layer.
+        bias: That goes with the codes; None: the layer's own.
+    """
 
     weight: Tensor
     codes: Tensor
     grid: CodeGrid
     figures: LayerFigures
+    bias: Tensor | None = None
 
 
 class BlockTask:
@@ -334,7 +343,8 @@ def reconstruct(
         figures = replace(
             starts[name].figures, changed=off, fell_back=taken == "nearest" or starts[name].figures.fell_back
         )
-        results[name] = LayerResult(codes.to(torch.int16), grid, figures)
+        bias = None if taken == "nearest" else starts[name].bias
+        results[name] = LayerResult(codes.to(torch.int16), grid, figures, bias)
         changed += int((codes != starts[name].codes).sum())
     part = changed / sum(weight.numel() for weight in flat.values())
     return results, BlockFigures(

@@ -24,6 +24,7 @@ from sdconvert.metrics import sqnr_db
 from sdconvert.quantize.adaround.advance import FLOATING, QUANTIZED, Frontiers
 from sdconvert.quantize.adaround.block_rounds import BlockRounds
 from sdconvert.quantize.adaround.blocks import Block, BlockFigures, find_blocks
+from sdconvert.quantize.adaround.centered import MeanSource
 from sdconvert.quantize.adaround.code_grid import CodeGrid
 from sdconvert.quantize.adaround.commit import Commits, CommittedGroup, parameter_encodings
 from sdconvert.quantize.adaround.layers import RoundedLayer
@@ -31,12 +32,12 @@ from sdconvert.quantize.adaround.moments import Channels, GramMoments, LayerGrou
 from sdconvert.quantize.adaround.offsets import OffsetMoments, by_offsets, gram_by_offsets
 from sdconvert.quantize.adaround.plan import GroupPlan, MomentsPlan, Plan, make_plan
 from sdconvert.quantize.adaround.reconstruct import Reconstruction
-from sdconvert.quantize.adaround.solve import LayerFigures, LayerResult, SolverSettings, join, solve
+from sdconvert.quantize.adaround.solve import LayerFigures, LayerResult, Measured, SolverSettings, join, solve
 from sdconvert.quantize.adaround.steps import RoundedGroup, SegmentedGraph
 from sdconvert.quantize.adaround.store import ActivationStore
 from sdconvert.quantize.adaround.tiles import PanelMoments, RowMoments
 
-_VERSION = 1  # of what decides codes; part of every fingerprint
+_VERSION = 2  # of what decides codes; part of every fingerprint
 _LEAST_SAMPLES = 4  # with fewer, none is held out
 
 
@@ -48,6 +49,7 @@ class AdaRoundSettings:
         solver: How a layer is rounded.
         inputs: `sequential`: a layer's input comes through the layers rounded before it, its target is the
             floating-point path's output. `fp`: both are the floating-point path's.
+        correct_bias: A layer's bias makes up for the mean of its output's error.
         quantizers: The graph's own quantizers are active on the quantized path. AIMET's AdaRound has them off.
         held_out: Share of the samples that only judge.
         budget_bytes: Memory beside runtime and weights.
@@ -57,6 +59,7 @@ class AdaRoundSettings:
 
     solver: SolverSettings = field(default_factory=SolverSettings)
     inputs: Literal["sequential", "fp"] = "sequential"
+    correct_bias: bool = True
     quantizers: bool = False
     held_out: float = 0.1
     budget_bytes: int = 1 << 30
@@ -120,6 +123,10 @@ class AdaRoundResult:
         for group in self.groups:
             for name in group.layers:
                 yield name, group.weight(name)
+
+    def biases(self) -> dict[str, Tensor]:
+        """Every bias that changed with a weight, by its own name."""
+        return {str(group.layers[name].bias): bias for group in self.groups for name, bias in group.biases.items()}
 
     def encodings(self) -> dict[str, list[Encoding]]:
         """As AIMET's `set_and_freeze_param_encodings` takes them."""
@@ -207,6 +214,10 @@ class _Run:
         self._held_out = settings.held_out_samples(count)
         self._fitted = sorted(set(range(count)) - set(self._held_out))
         self._fixed, self._done = fixed, list[CommittedGroup]()
+        self._parameters = segmented.parameters()
+        layers = [layer for group in segmented.groups for layer in group.layers]
+        # Name of a bias → name of the weight that it goes with.
+        self._biases = {layer.bias: layer.name for layer in layers if layer.bias is not None and settings.correct_bias}
         self._current: dict[str, Tensor] = {}
         self._seconds: defaultdict[str, float] = defaultdict(float)
         self._blocks = _blocks(segmented, settings)
@@ -223,9 +234,9 @@ class _Run:
                 store,
                 sequential=settings.inputs == "sequential",
                 quantizers=settings.quantizers,
-                weights={*self._grids, *self._fixed},
+                weights={*self._grids, *self._biases, *self._fixed},
             )
-            digest = _Digest(settings, segmented.parameters(), self._grids, self._fixed)
+            digest = _Digest(settings, self._parameters, self._grids, self._fixed)
             with self._timed("forward"):
                 frontiers.ingest(digest.following(samples), lambda index: f"calibration sample {index}")
             fingerprints = [digest.of(index, group.layers) for index, group in enumerate(segmented.groups)]
@@ -284,12 +295,15 @@ class _Run:
             group = next((group for group in self._done if name in group.layers), None)
             if group is not None:
                 self._current[name] = group.weight(name)
+        if name in self._biases:
+            group = next((group for group in self._done if self._biases[name] in group.biases), None)
+            if group is not None:
+                return group.biases[self._biases[name]]
         return self._current.get(name, self._fixed.get(name))
 
     def _solve(self, group: RoundedGroup, plan: GroupPlan, frontiers: Frontiers) -> dict[str, LayerResult]:
         """Measure a group's input, and round its layers."""
-        parameters = self._segmented.parameters()
-        weights = [parameters[layer.name] for layer in group.layers]
+        weights = [self._parameters[layer.name] for layer in group.layers]
         parts: dict[str, list[LayerResult]] = {layer.name: [] for layer in group.layers}
         for part in range(group.layers[0].groups):
             layers = LayerGroup(group.layers, weights, part)
@@ -300,23 +314,33 @@ class _Run:
                 for layer, weight in zip(group.layers, weights, strict=True):
                     rows = layer.rows_of_group(part)
                     own = weight[rows].flatten(1).float()
-                    channels = Channels(slice(first, first + len(own)), own)
+                    bias = self._bias(layer)
+                    channels = Channels(slice(first, first + len(own)), own, None if bias is None else bias[rows])
                     grid = self._grids[layer.name].rows(rows)
                     with self._timed("solve"):
                         result = solve(fitted, judge, channels, grid, self._settings.solver, plan.workspace)
                     parts[layer.name].append(result)
                     first += len(own)
-        return {name: join(found) for name, found in parts.items()}
+        return {layer.name: join(parts[layer.name], self._bias(layer)) for layer in group.layers}
+
+    def _bias(self, layer: RoundedLayer) -> Tensor | None:
+        """The layer's bias, if it may change."""
+        return self._parameters[layer.bias].float() if layer.bias in self._biases else None
 
     def _measure(
         self, layers: LayerGroup, group: RoundedGroup, plan: GroupPlan, frontiers: Frontiers, scratch: Path
-    ) -> tuple[Moments, Moments | None]:
+    ) -> tuple[Measured, Measured | None]:
         """Moments of the samples that codes are fitted to, and of those that judge."""
-        fitted = _measure(layers, plan, plan.moments, _source(frontiers, group, self._fitted), scratch, "fitted")
-        if plan.held_out is None:
-            return fitted, None
-        source = _source(frontiers, group, self._held_out)
-        return fitted, _measure(layers, plan, plan.held_out, source, scratch, "held_out")
+
+        def measure(moments: MomentsPlan, samples: Sequence[int], name: str) -> Measured:
+            source = _source(frontiers, group, samples)
+            if not any(layer.bias in self._biases for layer in group.layers):
+                return Measured(_measure(layers, plan, moments, source, scratch, name))
+            with_means = MeanSource(layers, source)
+            return Measured(_measure(layers, plan, moments, with_means, scratch, name), with_means.means())
+
+        fitted = measure(plan.moments, self._fitted, "fitted")
+        return fitted, measure(plan.held_out, self._held_out, "held_out") if plan.held_out is not None else None
 
     def _output_sqnr_db(self, frontiers: Frontiers) -> float:
         """Run the graph to its end."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sdconvert.errors import UsageError
+from sdconvert.quantize.adaround.centered import CenteredMoments, Means
 from sdconvert.quantize.adaround.code_grid import CodeGrid
 from sdconvert.quantize.adaround.coordinate import Rounding
 from sdconvert.quantize.adaround.moments import Channels, Moments
@@ -87,17 +88,33 @@ class LayerFigures:
 
 @dataclass(frozen=True)
 class LayerResult:
-    """Codes (out_channels, columns) as int16, their grid, and figures."""
+    """What a layer became.
+
+    Attributes:
+        codes: (out_channels, columns) as int16.
+        grid: Of the codes.
+        figures: Of the layer.
+        bias: That goes with the codes: (out_channels,). None: the layer's own, if it has one.
+    """
 
     codes: Tensor
     grid: CodeGrid
     figures: LayerFigures
+    bias: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What was measured of a layer's input: moments, and means for layers whose bias may change."""
+
+    moments: Moments
+    means: Means | None = None
 
 
 @torch.no_grad()
 def solve(
-    moments: Moments,
-    held_out: Moments | None,
+    fitted: Measured,
+    held_out: Measured | None,
     channels: Channels,
     grid: CodeGrid,
     settings: SolverSettings,
@@ -106,7 +123,7 @@ def solve(
     """Round one layer.
 
     Args:
-        moments: Of its calibration data.
+        fitted: Of its calibration data; with means if the channels have a bias.
         held_out: Of data that the codes are not fitted to; without, the middle damping is taken.
         channels: All of the layer's output channels.
         grid: Of the weight.
@@ -114,46 +131,54 @@ def solve(
         workspace: What fits into memory; all, if not given.
 
     Returns:
-        Codes that are on held-out data no worse than the nearest ones.
+        Codes that are, with the bias that goes with them, on held-out data no worse than the nearest ones.
 
     Raises:
         UsageError: Scales are to be refitted by channel, and the grid has one for all.
     """
     if settings.refit_scale and grid.per_tensor:
         raise UsageError("a scale per tensor is not refitted", hint="quantize per channel, or keep the scales")
-    task = _Task(moments, held_out or moments, settings, workspace or Workspace())
+    task = _Task(fitted, held_out or fitted, settings, workspace or Workspace())
     damping = task.choose_damping(channels, grid) if held_out else sorted(settings.damping)[len(settings.damping) // 2]
     codes = torch.empty(channels.weight.shape, dtype=torch.int16)
     nearest = torch.empty_like(codes)
-    scales, sums = [], torch.zeros(3, dtype=torch.float64)
+    scales, biases, sums = [], [], torch.zeros(3, dtype=torch.float64)
     for part in task.parts(channels):
         own = grid.rows(part)
-        chosen = _part(channels, part)
+        chosen = channels.part(part)
         codes_part, own = task.round(chosen, own, damping)
         nearest[part] = grid.rows(part).nearest(chosen.weight).to(torch.int16)
         codes[part] = codes_part.to(torch.int16)
         scales.append(own.scale)
+        biases.append(task.bias(chosen, own, codes_part))
         sums += task.sums(chosen, grid.rows(part), nearest[part], own, codes[part])
     nearest_loss, loss, signal = sums.tolist()
     fell_back = not loss <= nearest_loss
+    bias = None
     if fell_back:
         codes, loss = nearest, nearest_loss
     else:
         grid = grid.with_scale(torch.cat(scales))
+        bias = torch.cat([one for one in biases if one is not None]) if channels.bias is not None else None
     figures = LayerFigures(
         damping,
         fell_back,
         float((codes != nearest).float().mean()),
-        held_out.count if held_out else 0,
+        held_out.moments.count if held_out else 0,
         nearest_loss,
         loss,
         signal,
     )
-    return LayerResult(codes, grid, figures)
+    return LayerResult(codes, grid, figures, bias)
 
 
-def join(parts: Sequence[LayerResult]) -> LayerResult:
-    """The result of a whole layer from those of a convolution's groups."""
+def join(parts: Sequence[LayerResult], bias: Tensor | None) -> LayerResult:
+    """The result of a whole layer from those of a convolution's groups.
+
+    Args:
+        parts: In order.
+        bias: Of the layer, which a part that fell back keeps.
+    """
     if len(parts) == 1:
         return parts[0]
     figures = [part.figures for part in parts]
@@ -175,6 +200,11 @@ def join(parts: Sequence[LayerResult]) -> LayerResult:
             sum(one.loss for one in figures),
             sum(one.signal for one in figures),
         ),
+        None
+        if bias is None
+        else torch.cat(
+            [own if part.bias is None else part.bias for part, own in zip(parts, bias.chunk(len(parts)), strict=True)]
+        ),
     )
 
 
@@ -182,8 +212,8 @@ def join(parts: Sequence[LayerResult]) -> LayerResult:
 class _Task:
     """One layer's data and settings."""
 
-    moments: Moments
-    judge: Moments
+    fitted: Measured
+    judge: Measured
     settings: SolverSettings
     workspace: Workspace
 
@@ -199,7 +229,7 @@ class _Task:
         count = min(self.settings.trial_channels, self.workspace.channels, len(channels.weight))
         first = (len(channels.weight) - count) // 2
         part = slice(first, first + count)
-        trial = _part(channels, part)
+        trial = channels.part(part)
         # The data ask for a damping, whatever the method; descent from GPTQ's codes is the quick one.
         quick = replace(self, settings=replace(self.settings, method="coordinate", refit_scale=False, sweeps=1))
         losses = {}
@@ -213,7 +243,7 @@ class _Task:
         settings = self.settings
         rounding = self._rounding(channels, grid, damping)
         if settings.method == "adaround":
-            codes = train_rounding(self.moments, channels, grid, settings.schedule, damping)
+            codes = train_rounding(self.moments(channels), channels, grid, settings.schedule, damping)
         else:
             codes = rounding.sequential(min(self.workspace.block, channels.weight.shape[1]))
         codes = rounding.descend(codes, settings.sweeps)
@@ -226,7 +256,23 @@ class _Task:
 
     def _rounding(self, channels: Channels, grid: CodeGrid, damping: float) -> Rounding:
         scale = grid.column_scale(channels.weight.shape[1])
-        return Rounding(self.moments, channels, scale, grid.bounds(channels.weight), damping)
+        return Rounding(self.moments(channels), channels, scale, grid.bounds(channels.weight), damping)
+
+    def moments(self, channels: Channels) -> Moments:
+        """What codes are fitted to: without the means, where a bias makes up for them."""
+        if channels.bias is None or self.fitted.means is None:
+            return self.fitted.moments
+        return CenteredMoments(self.fitted.moments, self.fitted.means)
+
+    def bias(self, channels: Channels, grid: CodeGrid, codes: Tensor) -> Tensor | None:
+        """The bias that goes with codes; None where there is none."""
+        shift = self._shift(channels, grid.dequantize(codes) - channels.weight)
+        return None if shift is None or channels.bias is None else channels.bias + shift
+
+    def _shift(self, channels: Channels, delta: Tensor) -> Tensor | None:
+        if channels.bias is None or self.fitted.means is None:
+            return None
+        return self.fitted.means.shift(channels, delta)
 
     def _refit(self, channels: Channels, grid: CodeGrid, codes: Tensor, damping: float) -> CodeGrid:
         """The factor on each row's scales that its codes would have: the least of a parabola in the factor.
@@ -234,10 +280,11 @@ class _Task:
         With V = scale * codes and D = f V - W the loss is smallest at f = V (W G + R) V / (V G V).
         """
         value = grid.dequantize(codes)
-        ridge = damping * float(self.moments.diagonal.mean())
+        moments = self.moments(channels)
+        ridge = damping * float(moments.diagonal.mean())
         # Gradients at W' = V and at W' = 0 differ by V G.
-        at_value = self.moments.full_gradient(channels, value - channels.weight)
-        at_zero = self.moments.full_gradient(channels, -channels.weight)
+        at_value = moments.full_gradient(channels, value - channels.weight)
+        at_zero = moments.full_gradient(channels, -channels.weight)
         at_value.add_(value - channels.weight, alpha=ridge)
         at_zero.sub_(channels.weight, alpha=ridge)
         curvature = ((at_value - at_zero) * value).sum(1, keepdim=True)
@@ -246,22 +293,23 @@ class _Task:
         return replace(grid, scale=grid.scale * factor)
 
     def loss(self, channels: Channels, grid: CodeGrid, codes: Tensor) -> Tensor:
-        """Of codes, by channel, on the data that judge."""
-        return self.judge.loss(channels, grid.dequantize(codes) - channels.weight)
+        """Of codes and the bias that goes with them, by channel, on the data that judge."""
+        delta = grid.dequantize(codes) - channels.weight
+        loss = self.judge.moments.loss(channels, delta)
+        shift = self._shift(channels, delta)
+        if shift is None or self.judge.means is None:
+            return loss
+        # E |e - s|^2 with the error's mean from the data that judge, and s from those that were fitted to.
+        return loss.add_(shift * (shift - 2 * self.judge.means.shift(channels, delta))).clamp_(min=0)
 
     def sums(self, channels: Channels, grid: CodeGrid, nearest: Tensor, own: CodeGrid, codes: Tensor) -> Tensor:
         """Loss of the nearest codes, loss of the codes, and signal: (3,), float64."""
         by_channel = (
-            self.loss(channels, grid, nearest),
+            self.judge.moments.loss(channels, grid.dequantize(nearest) - channels.weight),
             self.loss(channels, own, codes),
-            self.judge.signal(channels),
+            self.judge.moments.signal(channels),
         )
         return torch.stack([values.double().sum() for values in by_channel])
-
-
-def _part(channels: Channels, part: slice) -> Channels:
-    first = channels.rows.start
-    return Channels(slice(first + part.start, first + part.stop), channels.weight[part])
 
 
 def _decibels(signal: float, noise: float) -> float:

@@ -191,7 +191,9 @@ class SegmentedGraph:
             if name is None or name not in names or name in seen:
                 continue
             seen.add(name)
-            layer = RoundedLayer(name, tuple(weight.meta["val"].shape), _convolution(node))
+            bias = node.kwargs.get("bias", node.args[2] if len(node.args) > 2 else None)
+            own = self.name_of(bias) if isinstance(bias, Node) else None
+            layer = RoundedLayer(name, tuple(weight.meta["val"].shape), _convolution(node), own)
             found.setdefault((source, layer.convolution), []).append((layer, node))
         if missing := sorted(set(names) - seen):
             raise UsageError(

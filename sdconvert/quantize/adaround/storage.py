@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sdconvert.artifacts import atomic_file
+from sdconvert.io.files import atomic_file
 
 _HALF_EXPONENT = 14  # float16 ends just below 2^16; sums of a few values still fit
 

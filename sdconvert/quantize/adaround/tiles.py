@@ -221,6 +221,10 @@ class RowMoments(TileMoments):
             own = change[:, part.start - columns.start : part.stop - columns.start]
             state.addmm_(own, self._inputs.read(part), alpha=self._share)
 
+    def subtract_mean(self, state: Tensor, error: Tensor, mean: Tensor) -> None:
+        """From every row of the data."""
+        state.sub_(error[:, None], alpha=self._share)
+
     def full_gradient(self, channels: Channels, delta: Tensor) -> Tensor:
         """(D X' - E) X'^T, two passes over the tiles."""
         return self.gradient(self.start(channels, delta), slice(0, self.columns))

@@ -52,7 +52,8 @@ def run(traced: GraphModule, folder: Path, settings: AdaRoundSettings | None = N
 
 
 def weights(result: AdaRoundResult) -> dict[str, Tensor]:
-    return dict(result.weights())
+    """With the biases that changed."""
+    return {**dict(result.weights()), **result.biases()}
 
 
 def files(folder: Path) -> set[str]:

@@ -14,7 +14,7 @@ from sdconvert.quantize.adaround.coordinate import Rounding
 from sdconvert.quantize.adaround.layers import RoundedLayer
 from sdconvert.quantize.adaround.moments import GramMoments, Moments
 from sdconvert.quantize.adaround.soft import Schedule
-from sdconvert.quantize.adaround.solve import SolverSettings, Workspace, solve
+from sdconvert.quantize.adaround.solve import Measured, SolverSettings, Workspace, solve
 from sdconvert.quantize.grid import WeightGrid
 
 SETTINGS = {
@@ -52,7 +52,7 @@ def test_codes_are_neighbours_of_the_weight_and_better_than_nearest(method: str,
     grid = grids(weight)[grid_name]
     other.weight = data.weight
     moments, judge = (GramMoments.of(layer_group(one), one.source) for one in (data, other))
-    result = solve(moments, judge, channels_of(weight), grid, SETTINGS[method])
+    result = solve(Measured(moments), Measured(judge), channels_of(weight), grid, SETTINGS[method])
     low, high = grid.bounds(weight)
     assert ((result.codes == low) | (result.codes == high)).all()
     assert torch.equal(grid.weight_grid().quantize(grid.dequantize(result.codes).reshape(grid.scale.numel(), -1)),
@@ -99,11 +99,13 @@ def test_next_to_the_best_of_all_roundings() -> None:
 def test_modes_and_parts_agree(tmp_path: Path, mode: str) -> None:
     data = Data(LAYERS["3x3"], samples=40)
     weight = matrix(data)
-    reference = solve(GramMoments.of(layer_group(data), data.source), None, channels_of(weight), int4_grid(weight),
-                      SETTINGS["coordinate"])  # fmt: skip
+    found = Measured(GramMoments.of(layer_group(data), data.source))
+    reference = solve(found, None, channels_of(weight), int4_grid(weight), SETTINGS["coordinate"])
     moments = make_moments(mode, data, tmp_path)
     for workspace in (Workspace(), Workspace(channels=4, block=64)):
-        result = solve(moments, None, channels_of(weight), int4_grid(weight), SETTINGS["coordinate"], workspace)
+        result = solve(
+            Measured(moments), None, channels_of(weight), int4_grid(weight), SETTINGS["coordinate"], workspace
+        )
         loss = data.loss(result.grid.dequantize(result.codes).reshape(data.weight.shape)).sum()
         assert 10 * abs(torch.log10(loss / reference.figures.loss)) < 0.1
 
@@ -112,7 +114,14 @@ def test_parts_alone_change_nothing(held_out: Data) -> None:
     weight = matrix(held_out)
     moments = GramMoments.of(layer_group(held_out), held_out.source)
     results = [
-        solve(moments, None, channels_of(weight), int4_grid(weight), SETTINGS["coordinate"], Workspace(channels=count))
+        solve(
+            Measured(moments),
+            None,
+            channels_of(weight),
+            int4_grid(weight),
+            SETTINGS["coordinate"],
+            Workspace(channels=count),
+        )
         for count in (6, 4)
     ]
     assert torch.equal(results[0].codes, results[1].codes)
@@ -127,33 +136,34 @@ def test_overfitting_is_caught_on_held_out_data() -> None:
     weight = matrix(data)
     moments, judge = (GramMoments.of(layer_group(one), one.source) for one in (data, other))
     solver = SolverSettings(damping=(1e-6,))
-    result = solve(moments, judge, channels_of(weight), int4_grid(weight), solver)
+    result = solve(Measured(moments), Measured(judge), channels_of(weight), int4_grid(weight), solver)
     assert result.figures.fell_back
     assert torch.equal(result.codes, int4_grid(weight).nearest(weight).to(torch.int16))
     assert result.figures.loss == result.figures.nearest_loss
-    assert solve(moments, None, channels_of(weight), int4_grid(weight), solver).figures.changed > 0.2
+    assert solve(Measured(moments), None, channels_of(weight), int4_grid(weight), solver).figures.changed > 0.2
 
 
 def test_refitted_scales_are_better_and_their_own_grid() -> None:
     data = Data(LAYERS["linear"], samples=40)
     weight, moments = matrix(data), GramMoments.of(layer_group(data), data.source)
     kept, refitted = (
-        solve(moments, None, channels_of(weight), int4_grid(weight), SETTINGS[name]) for name in ("coordinate", "refit")
+        solve(Measured(moments), None, channels_of(weight), int4_grid(weight), SETTINGS[name])
+        for name in ("coordinate", "refit")
     )
     assert refitted.figures.loss < kept.figures.loss
     assert not torch.equal(refitted.grid.scale, kept.grid.scale)
     loss = data.loss(refitted.grid.dequantize(refitted.codes)).sum()
     assert refitted.figures.loss == pytest.approx(float(loss), rel=1e-3)
     with pytest.raises(UsageError, match="per tensor"):
-        solve(moments, None, channels_of(weight), grids(weight)["per tensor"], SETTINGS["refit"])
+        solve(Measured(moments), None, channels_of(weight), grids(weight)["per tensor"], SETTINGS["refit"])
 
 
 def test_dead_inputs_keep_the_nearest_codes() -> None:
     data = Data(LAYERS["linear"], samples=4, difference=0.0)
     data.quantized[..., :10] = data.floating[..., :10] = 0
     weight = matrix(data)
-    result = solve(GramMoments.of(layer_group(data), data.source), None, channels_of(weight), int4_grid(weight),
-                   SETTINGS["coordinate"])  # fmt: skip
+    found = Measured(GramMoments.of(layer_group(data), data.source))
+    result = solve(found, None, channels_of(weight), int4_grid(weight), SETTINGS["coordinate"])
     assert torch.equal(result.codes[:, :10], int4_grid(weight).nearest(weight)[:, :10].to(torch.int16))
 
 
