@@ -2,13 +2,12 @@
 
 python benchmarks/mha2sha.py [--rounds 5] [--form safetensors|pth] [--folder build/bench-mha2sha] [--keep]
 
-Per round, in alternating order, each into an empty place: `cp --reflink=never`, which reads and writes; plain `cp`,
-which lets the kernel copy, and may share blocks where the file system can; the command without verification; with it;
-and what the command replaces: torch loads the file, the heads are cut in memory, torch saves. The source is in the page
+Per round, in alternating order, each into an empty place: plain `cp`, which lets the kernel copy, and may share blocks
+where the file system can; `cp --reflink=never`, which reads and writes; the command without verification; with it; and
+what the command replaces: torch loads the file, the heads are cut in memory, torch saves. The source is in the page
 cache, what earlier runs wrote is on the disk before a run starts, and Python's bytecode is cached, as it is after any
-first run. `written` is the time until the process ends,
-`on disk` until its files are synced, for all alike. Ratios are to `cp --reflink=never` of the same round. Needs about
-14 GB of disk.
+first run. `written` is the time until the process ends, `on disk` until its files are synced, for all alike. Ratios are
+to plain `cp` of the same round. Needs about 14 GB of disk.
 """
 
 import argparse
@@ -61,8 +60,8 @@ def commands(source: Path, out: Path) -> dict[str, list[str]]:
     copy, python = out / weights.name, sys.executable
     convert = [python, "-m", "sdconvert", "mha2sha", str(source), "-o", str(out / "sha")]
     return {
-        "cp --reflink=never": ["cp", "--reflink=never", str(weights), str(copy)],
         "cp": ["cp", str(weights), str(copy)],
+        "cp --reflink=never": ["cp", "--reflink=never", str(weights), str(copy)],
         "mha2sha --no-verify": [*convert, "--no-verify"],
         "mha2sha": convert,
         "load, split, save": [python, "-c", LOAD_SPLIT_SAVE, str(weights), str(copy)],

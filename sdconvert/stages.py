@@ -105,10 +105,22 @@ class StageOutcome:
     metrics: dict[str, Any]
 
 
+class Titled(Protocol):
+    """Work that progress can be shown of."""
+
+    @property
+    def name(self) -> str:
+        """Such as `30-quantize`."""
+
+    @property
+    def title(self) -> str:
+        """A few words for the progress bar."""
+
+
 class Progress(Reporter, Protocol):
     """Where the runner tells what it does."""
 
-    def begin(self, stage: Stage, why: str) -> None:
+    def begin(self, stage: Titled, why: str) -> None:
         """Say that a stage starts, and why its old result would not do."""
 
     def end(self, outcome: StageOutcome) -> None:

@@ -11,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, Tim
 from rich.progress import Progress as Bars
 
 from sdconvert.cli.session import ProgressStyle, make_console
-from sdconvert.stages import Progress, Stage, StageOutcome
+from sdconvert.stages import Progress, StageOutcome, Titled
 
 _SECONDS_BETWEEN_LINES = 5.0
 
@@ -36,7 +36,7 @@ def open_progress(style: ProgressStyle) -> Iterator[Progress]:
 class NoProgress:
     """Says nothing."""
 
-    def begin(self, stage: Stage, why: str) -> None:
+    def begin(self, stage: Titled, why: str) -> None:
         """Say nothing."""
 
     def step(self, done: int, total: int, note: str = "") -> None:
@@ -53,7 +53,7 @@ class PlainProgress:
         self._stage = ""
         self._next_line = 0.0
 
-    def begin(self, stage: Stage, why: str) -> None:
+    def begin(self, stage: Titled, why: str) -> None:
         """Name the stage and why it runs."""
         self._stage, self._next_line = stage.name, time.monotonic() + _SECONDS_BETWEEN_LINES
         print(f"{stage.name}: {stage.title} ({why})", file=sys.stderr, flush=True)
@@ -75,7 +75,7 @@ class JsonProgress:
     def __init__(self) -> None:
         self._stage = ""
 
-    def begin(self, stage: Stage, why: str) -> None:
+    def begin(self, stage: Titled, why: str) -> None:
         """Write the event `begin`."""
         self._stage = stage.name
         self._write(event="begin", title=stage.title, why=why)
@@ -100,7 +100,7 @@ class BarProgress:
         self._bars = bars
         self._task: TaskID | None = None
 
-    def begin(self, stage: Stage, why: str) -> None:
+    def begin(self, stage: Titled, why: str) -> None:
         """Start the stage's bar; it pulses until the first step."""
         self._bars.console.print(f"{stage.name}: {stage.title} ({why})")
         self._task = self._bars.add_task(stage.name, total=None, note="")

@@ -1,5 +1,6 @@
 """`sdconvert quantize`: the stage; what layers lose when they get fewer bits; and a recipe of mixed bit-widths."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -28,6 +29,14 @@ class _StageFirst(TyperGroup):
         """Put the stage's name before what names no command."""
         known = {*self.commands, *ctx.help_option_names}
         return super().parse_args(ctx, args if args and args[0] in known else [_STAGE, *args])
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What progress is shown of."""
+
+    name: str
+    title: str
 
 
 app = typer.Typer(cls=_StageFirst, help=STAGE_COMMANDS["quantize"][1])
@@ -61,6 +70,7 @@ def sensitivity(
     loaded, run, _ = bring_up_to_date(session, recipe, set_, build, to="calibration")
     path = run.root / SENSITIVITY
     with open_progress(session.progress) as progress:
+        progress.begin(_Work("sensitivity", "what each layer loses with fewer bits"), f"kept in {path}")
         graphs = measure_run(
             run, loaded, path, bits or (), graph or (), samples=samples, picture=picture, report=progress.step
         )

@@ -126,7 +126,8 @@ class Sensitivity:
                     reference.judge(workload, entry, str(bits))
                 self._save()
         for bits in bitwidths:
-            if str(bits) not in found["cumulative"]:
+            curve = found["cumulative"].get(str(bits))
+            if curve is None or (workload.picture and any(point["picture_db"] is None for point in curve)):
                 found["cumulative"][str(bits)] = _cumulate(workload, found["layers"], ops, bits, reference, report)
                 self._save()
 

@@ -78,6 +78,9 @@ def test_pictures_are_optional(case: Case, tmp_path: Path) -> None:
     (found,) = sensitivity.content["graphs"].values()
     assert all(layer["picture_db"] == {} for layer in found["layers"].values())
     assert found["cumulative"]["8"][-1]["picture_db"] is None
+    sensitivity.measure(workload(case), [8], lambda *_: None)  # those asked for later are drawn
+    assert all(layer["picture_db"].keys() == {"8"} for layer in found["layers"].values())
+    assert all(point["picture_db"] is not None for point in found["cumulative"]["8"])
     with pytest.raises(UsageError, match="no bit-width"):
         sensitivity.measure(workload(case), [], lambda *_: None)
 
