@@ -2,6 +2,7 @@
 
 import errno
 import json
+import mmap
 import os
 import struct
 import zipfile
@@ -19,7 +20,7 @@ from stored_weights import LEGACY_DTYPES, bits, random_bits, same, save_sharded,
 from torch import Tensor
 
 from sdconvert.errors import CheckpointError, EnvironmentProblem, UsageError
-from sdconvert.io.stored_tensor import ByteRange, contiguous, whole
+from sdconvert.io.stored_tensor import ByteRange, Piece, contiguous, whole
 from sdconvert.io.tensors import save_tensors
 from sdconvert.io.weights_index import OutputFile, WeightsIndex, WeightsLayout, read_index, write_weights
 
@@ -92,6 +93,23 @@ def test_what_is_written_is_what_the_libraries_read(
 def test_the_library_s_own_file_is_written_again_byte_by_byte(tmp_path_factory: Folders, state: Any) -> None:
     path = save(state, tmp_path_factory.mktemp("w") / "w.safetensors")
     assert rewrite(read_index(path), path.with_name("new.safetensors")).read_bytes() == path.read_bytes()
+
+
+def test_data_of_a_large_file_begin_as_far_from_a_page_as_in_their_source(tmp_path: Path) -> None:
+    """Then the system copies whole pages, although the new header has another length."""
+    state = {"a": torch.randn(512, 513), "b": torch.randn(7)}
+    save_tensors(state, tmp_path / "w.safetensors")
+    source = read_index(tmp_path / "w.safetensors")
+    rows = [source.tensors["a"].rows(start, start + 128) for start in range(0, 512, 128)]
+    pieces = [Piece(f"a.{'long' * 30}.{index}", one.shape, (one,)) for index, one in enumerate(rows)]
+    pieces.append(whole(source.tensors["b"]))
+    path = write_weights(tmp_path, [OutputFile("o.safetensors", pieces, {})])
+    starts = [min(t.storage.start for t in index.tensors.values()) for index in (source, read_index(path))]
+    assert starts[0] != starts[1]
+    assert starts[0] % mmap.PAGESIZE == starts[1] % mmap.PAGESIZE
+    found = load_file(path)
+    assert torch.equal(torch.cat([found[piece.name] for piece in pieces[:4]]), state["a"])
+    assert torch.equal(found["b"], state["b"])
 
 
 def test_shared_tensors_stay_shared_and_others_get_a_storage_of_their_own(tmp_path: Path) -> None:
