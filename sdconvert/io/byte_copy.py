@@ -71,7 +71,7 @@ class StoredBytes:
         for run in runs(sources):
             if isinstance(run, StoredTensor):
                 for part in self._gathered(run):
-                    _write(out, part)
+                    write_all(out, part)
             else:
                 self._copy_range(run, out)
 
@@ -91,7 +91,7 @@ class StoredBytes:
         while position < run.stop:
             done = os.preadv(descriptor, [block[: run.stop - position]], position)
             self._require(done, run.file)
-            _write(out, block[:done])
+            write_all(out, block[:done])
             position += done
 
     def _gathered(self, tensor: StoredTensor) -> Iterator[memoryview]:
@@ -145,7 +145,8 @@ def first_difference(one: Iterable[StoredTensor], other: Iterable[StoredTensor])
     return None
 
 
-def _write(out: int, data: memoryview) -> None:
+def write_all(out: int, data: memoryview) -> None:
+    """Write all of some bytes to an open file."""
     position = 0
     while position < len(data):
         position += os.write(out, data[position:])

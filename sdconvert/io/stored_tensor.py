@@ -4,7 +4,7 @@ Nothing here loads weights or imports torch. Strides and offsets count elements,
 """
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from math import prod
 from pathlib import Path
@@ -61,11 +61,19 @@ DATA_TYPES = {
 
 @dataclass(frozen=True)
 class ByteRange:
-    """Bytes `start` to `stop` of a file."""
+    """Bytes `start` to `stop` of a file.
+
+    Args:
+        file: That holds them.
+        start: First byte.
+        stop: Behind the last byte.
+        crc: CRC-32 of the bytes, where the file has one.
+    """
 
     file: Path
     start: int
     stop: int
+    crc: int | None = field(default=None, compare=False)
 
     @property
     def nbytes(self) -> int:

@@ -14,13 +14,12 @@ import io
 import struct
 import zipfile
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from sdconvert.errors import CheckpointError
 from sdconvert.io.byte_copy import StoredBytes
 from sdconvert.io.stored_tensor import (
     ByteRange,
@@ -31,15 +30,14 @@ from sdconvert.io.stored_tensor import (
     damaged,
     flat_tensors,
 )
+from sdconvert.io.stored_zip import StoredZip
 from sdconvert.io.torch_pickle import PickledStorage, PickledTensor, PickleRefused, read_pickle, write_pickle
 
-_ALIGNMENT = 64
 _PICKLE_BYTES = 100_000_000
 _LEGACY_PICKLES_BYTES = 16 << 20
 _MAGIC = 0x1950A86A20F9469CFC6C
 _PROTOCOL = 1001
 _LOCAL_HEADER = struct.Struct("<4s22xHH")  # signature, lengths of name and extra field
-_ZIP64 = 20  # bytes of the extra field that an entry of more than 2 GiB gets
 
 
 def read_torch_file(path: Path) -> dict[str, StoredTensor]:
@@ -100,7 +98,7 @@ def _record(path: Path, file: BinaryIO, entry: zipfile.ZipInfo, end: int) -> Byt
         raise ValueError(f"record `{entry.filename}` is compressed, encrypted or damaged")
     if start + entry.file_size > end:
         raise ValueError(f"record `{entry.filename}` runs into what follows it")
-    return ByteRange(path, start, start + entry.file_size)
+    return ByteRange(path, start, start + entry.file_size, entry.CRC)
 
 
 def _content(file: BinaryIO, record: ByteRange) -> bytes:
@@ -146,6 +144,13 @@ class _Record:
     nbytes: int
     sources: tuple[StoredTensor, ...]
 
+    @property
+    def crc(self) -> int | None:
+        """What the source's file says of the bytes, if they are a record of it, whole."""
+        first = self.sources[0]
+        is_whole = len(self.sources) == 1 and first.is_contiguous and first.bytes == first.storage
+        return first.storage.crc if is_whole else None
+
 
 def write_torch_file(path: Path, pieces: Sequence[Piece], stem: str) -> None:
     """Write an archive that `torch.load(weights_only=True)` reads, mapped or not.
@@ -162,25 +167,13 @@ def write_torch_file(path: Path, pieces: Sequence[Piece], stem: str) -> None:
     """
     views = list(_views(pieces))
     pickled = write_pickle((view, record.key, record.nbytes) for view, record in views)
-    with zipfile.ZipFile(path, "w") as archive, StoredBytes() as reader:
-        for name, data in (("data.pkl", pickled), ("byteorder", b"little")):
-            _write_record(archive, f"{stem}/{name}", len(data), [memoryview(data)])
-        for record in {record.key: record for _, record in views}.values():
-            _write_record(archive, f"{stem}/data/{record.key}", record.nbytes, reader.blocks(record.sources))
-        _write_record(archive, f"{stem}/version", 2, [memoryview(b"3\n")])
-
-
-def _write_record(archive: zipfile.ZipFile, name: str, nbytes: int, blocks: Iterable[memoryview]) -> None:
-    entry = zipfile.ZipInfo(name)
-    entry.file_size = nbytes
-    is_large = nbytes * 1.05 > zipfile.ZIP64_LIMIT  # zipfile's own rule
-    at = archive.start_dir + _LOCAL_HEADER.size + len(name.encode()) + (_ZIP64 if is_large else 0)
-    padding = -(at + 4) % _ALIGNMENT
-    entry.extra = b"FB" + padding.to_bytes(2, "little") + b"Z" * padding
-    with archive.open(entry, "w") as record:
-        written = sum(record.write(block) for block in blocks)
-    if written != nbytes:
-        raise CheckpointError(f"record `{name}` got {written} bytes instead of {nbytes}", hint="did a source change?")
+    records = {record.key: record for _, record in views}.values()
+    with StoredZip(path, sum(record.nbytes for record in records)) as archive, StoredBytes() as reader:
+        archive.write(f"{stem}/data.pkl", pickled)
+        archive.write(f"{stem}/byteorder", b"little")
+        for record in records:
+            archive.copy(f"{stem}/data/{record.key}", record.nbytes, record.sources, reader, record.crc)
+        archive.write(f"{stem}/version", b"3\n")
 
 
 def _views(pieces: Sequence[Piece]) -> Iterator[tuple[StoredTensor, _Record]]:
