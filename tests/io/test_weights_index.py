@@ -127,16 +127,40 @@ def test_shared_tensors_stay_shared_and_others_get_a_storage_of_their_own(tmp_pa
 
 
 @pytest.mark.slow
-def test_a_storage_above_two_gib_is_an_aligned_zip64_record(tmp_path: Path) -> None:
-    nbytes = (2 << 30) + 64
+def test_storages_and_places_above_four_gib(tmp_path: Path) -> None:
+    nbytes = (4 << 30) + 64
     with (tmp_path / "w.bin").open("wb") as file:
         file.truncate(nbytes)  # a file of holes
     giant = contiguous("giant", "uint8", (nbytes,), ByteRange(tmp_path / "w.bin", 0, nbytes))
     small = contiguous("small", "uint8", (3,), ByteRange(tmp_path / "w.bin", 5, 8))
     path = write_weights(tmp_path, [OutputFile("w.pth", [whole(giant), whole(small)], {})])
     assert [tensor.storage.start % 64 for tensor in read_index(path).tensors.values()] == [0, 0]
-    assert torch.load(path, weights_only=True, mmap=True)["giant"].shape == (nbytes,)
+    loaded = torch.load(path, weights_only=True, mmap=True)
+    assert loaded["giant"].shape == (nbytes,)
+    assert loaded["small"].tolist() == [0, 0, 0]
+    with zipfile.ZipFile(path) as archive:
+        assert archive.testzip() is None
     path.unlink()
+
+
+def test_whole_tensors_keep_the_sum_of_their_source(tmp_path: Path) -> None:
+    """They are not read on the way, so what was damaged before is found by whoever reads the result."""
+    save({"kept": torch.randn(300), "cut": torch.randn(4, 6)}, tmp_path / "w.pth")
+    index = read_index(tmp_path / "w.pth")
+    kept, cut = index.tensors["kept"], index.tensors["cut"]
+    pieces = [whole(kept), *(Piece(f"cut.{row}", (1, 6), (cut.rows(row, row + 1),)) for row in range(4))]
+    path = write_weights(tmp_path, [OutputFile("new.pth", pieces, {})])
+    with zipfile.ZipFile(path) as archive:
+        assert archive.testzip() is None
+        sums = {
+            entry.filename.rpartition("/")[2]: entry.CRC for entry in archive.infolist() if "/data/" in entry.filename
+        }
+    assert sums["0"] == kept.storage.crc
+    with (tmp_path / "w.pth").open("r+b") as file:
+        file.seek(kept.storage.start)
+        file.write(b"\xff\xff\xff")
+    with zipfile.ZipFile(write_weights(tmp_path, [OutputFile("new.pth", pieces, {})])) as archive:
+        assert archive.testzip() == "new/data/0"
 
 
 # What is wrong with a header, by what it is made of; the data are 8 bytes.
