@@ -11,7 +11,15 @@ from sdconvert.io.files import write_json_atomic
 from sdconvert.quantize.adaround.code_grid import CodeGrid
 from sdconvert.quantize.adaround.plan import Plan
 from sdconvert.quantize.adaround.reconstruct import Reconstruction
-from sdconvert.quantize.adaround.run import AdaRoundResult, AdaRoundSettings, Report, Samples, adaround, plan_adaround
+from sdconvert.quantize.adaround.run import (
+    AdaRoundResult,
+    AdaRoundSettings,
+    Label,
+    Report,
+    Samples,
+    adaround,
+    plan_adaround,
+)
 from sdconvert.quantize.adaround.solve import SolverSettings
 from sdconvert.quantize.simulation import Encodings, Simulation
 
@@ -45,7 +53,12 @@ def plan_rounding(simulation: Simulation, section: AdaRoundSection, samples: int
 
 
 def round_weights(
-    simulation: Simulation, samples: Samples, section: AdaRoundSection, scratch: Path, report: Report
+    simulation: Simulation,
+    samples: Samples,
+    section: AdaRoundSection,
+    scratch: Path,
+    report: Report,
+    label: Label = "calibration sample {}".format,
 ) -> AdaRoundResult:
     """Round the weights of a simulation's convolutions and linear layers; norms and tables keep theirs.
 
@@ -56,15 +69,15 @@ def round_weights(
         section: Of the recipe.
         scratch: For finished groups of layers; a run that was killed goes on from there.
         report: Is told of every group.
+        label: What a message calls a sample.
 
     Raises:
         BudgetError: A layer or a sample does not fit the memory limit.
         UsageError: Samples are none of this graph's, or not finite.
         EnvironmentProblem: The disk is full; finished groups stay.
     """
-    result = adaround(
-        simulation.graph_module, samples, rounded_grids(simulation), settings_of(section), scratch, report=report
-    )
+    grids, settings = rounded_grids(simulation), settings_of(section)
+    result = adaround(simulation.graph_module, samples, grids, settings, scratch, label=label, report=report)
     simulation.set_weights({**dict(result.weights()), **result.biases()})
     ranges = simulation.encodings()
     simulation.load(Encodings({**ranges.parameters, **result.encodings()}, ranges.activations))

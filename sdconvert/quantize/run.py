@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from sdconvert.calibration.artifact import CalibrationArtifact
+from sdconvert.calibration.artifact import ActivationStore, CalibrationArtifact
 from sdconvert.checkpoint.artifact import CheckpointArtifact
 from sdconvert.config import Recipe
 from sdconvert.io.encodings import write_encodings, write_params
@@ -71,7 +71,12 @@ def _round(simulations: Mapping[str, Simulation], data: CalibrationArtifact, con
         def report(done: int, total: int, note: str, graph: str = graph) -> None:
             context.report.step(done, total, f"{graph}: {note}")
 
-        result = round_weights(simulation, samples[graph], section, context.scratch / "adaround" / graph, report)
+        def label(index: int, store: ActivationStore = samples[graph]) -> str:
+            info = store.infos[index]
+            return f"calibration sample `{info.id}` (step {info.step})"
+
+        scratch = context.scratch / "adaround" / graph
+        result = round_weights(simulation, samples[graph], section, scratch, report, label)
         (context.out / graph).mkdir()
         write_figures(result, context.out / graph / ADAROUND)
         metrics[f"{graph}_adaround_layers"] = len(result.figures)

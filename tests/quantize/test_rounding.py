@@ -104,6 +104,14 @@ def test_figures_are_written_with_the_plan(case: Case, tmp_path: Path) -> None:
     assert 20 < content["forwards"] <= 40
 
 
+def test_a_sample_is_called_what_calibration_calls_it(case: Case, tmp_path: Path) -> None:
+    simulation, samples = simulated(case), [dict(sample) for sample in case.samples[:5]]
+    samples[3] = {name: torch.full_like(tensor, float("nan")) for name, tensor in samples[3].items()}
+    names = [f"coffee-{step}-cond-0" for step in range(5)]
+    with pytest.raises(UsageError, match="`0.weight` is not finite in coffee-3-cond-0"):
+        round_weights(simulation, samples, AdaRoundSection(), tmp_path, lambda *_: None, names.__getitem__)
+
+
 def test_a_limit_that_is_too_small_is_refused_beforehand(case: Case) -> None:
     section = AdaRoundSection(memory_limit=ByteSize(1000))
     with pytest.raises(BudgetError, match=f"AdaRound of {case.adapter.graph_name}: ") as error:

@@ -7,7 +7,7 @@ import math
 import shutil
 import time
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -37,6 +37,7 @@ from sdconvert.quantize.adaround.steps import RoundedGroup, SegmentedGraph
 from sdconvert.quantize.adaround.store import ActivationStore
 from sdconvert.quantize.adaround.tiles import PanelMoments, RowMoments
 
+Label = Callable[[int], str]
 _VERSION = 2  # of what decides codes; part of every fingerprint
 _LEAST_SAMPLES = 4  # with fewer, none is held out
 
@@ -142,6 +143,7 @@ def adaround(
     folder: Path,
     *,
     fixed_weights: Mapping[str, Tensor] | None = None,
+    label: Label = "calibration sample {}".format,
     report: Report = lambda done, total, note: None,
 ) -> AdaRoundResult:
     """Round weights of a graph so that each layer's output changes least.
@@ -157,6 +159,7 @@ def adaround(
         folder: For finished groups, and for scratch while it runs. A run that was killed goes on from it, to the same
             codes.
         fixed_weights: Other weights that are rounded already, for the quantized path.
+        label: What a message calls a sample.
         report: Is told of every group.
 
     Raises:
@@ -168,7 +171,7 @@ def adaround(
     if not grids:
         raise PreconditionError("AdaRound has no weights to round", hint="give grids of convolutions or linear layers")
     run = _Run(SegmentedGraph(graph_module, grids), grids, settings, folder, dict(fixed_weights or {}), len(samples))
-    return run(samples, report)
+    return run(samples, label, report)
 
 
 def plan_adaround(graph_module: GraphModule, grids: Collection[str], settings: AdaRoundSettings, samples: int) -> Plan:
@@ -223,7 +226,7 @@ class _Run:
         self._blocks = _blocks(segmented, settings)
         self.plan = _plan(segmented, settings, count, self._blocks)
 
-    def __call__(self, samples: Samples, report: Report) -> AdaRoundResult:
+    def __call__(self, samples: Samples, label: Label, report: Report) -> AdaRoundResult:
         segmented, settings = self._segmented, self._settings
         commits = Commits(self._folder / "groups")
         dtype = torch.float16 if settings.half_precision else torch.float32
@@ -238,7 +241,7 @@ class _Run:
             )
             digest = _Digest(settings, self._parameters, self._grids, self._fixed)
             with self._timed("forward"):
-                frontiers.ingest(digest.following(samples), lambda index: f"calibration sample {index}")
+                frontiers.ingest(digest.following(samples), label)
             fingerprints = [digest.of(index, group.layers) for index, group in enumerate(segmented.groups)]
             rounds = self._rounds(frontiers, store, commits, digest)
             self._done += rounds.finished
