@@ -52,7 +52,7 @@ def sensitivity(
     set_: SetOption = None,
     bits: Annotated[list[int] | None, typer.Option(metavar="N", help="Bits per weight; default: 4 and 8.")] = None,
     graph: Annotated[list[str] | None, typer.Option(metavar="NAME", help="Only this graph; default: all.")] = None,
-    samples: Annotated[int, typer.Option(min=1, help="Held-out inputs per graph, spread over timesteps.")] = 4,
+    samples: Annotated[int, typer.Option(min=1, help="Held-out inputs per graph, spread over timesteps, or all.")] = 4,
     picture: Annotated[
         bool, typer.Option("--picture/--no-picture", help="Draw a held-out tile for every layer, too.")
     ] = True,

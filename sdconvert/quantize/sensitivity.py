@@ -155,7 +155,7 @@ def measure_run(
         path: Of the file of figures.
         bitwidths: Of weights; none: `BITWIDTHS`.
         graphs: Of these; none: of all.
-        samples: Held-out inputs per graph.
+        samples: Held-out inputs per graph, or as many as there are.
         picture: Draw the first held-out tile for every layer, too.
         report: Is told of every layer.
 
@@ -163,7 +163,7 @@ def measure_run(
         Figures by graph.
 
     Raises:
-        UsageError: No graph or grid is called so, or there are not as many samples.
+        UsageError: No graph or grid is called so.
     """
     chosen = sorted(set(bitwidths or BITWIDTHS))
     if odd := [bits for bits in chosen if bits not in get_args(Grid.model_fields["bitwidth"].annotation)]:
@@ -187,7 +187,8 @@ def measure_run(
     sensitivity = Sensitivity(path, identity)
     for name, adapter in adapters.items():
         if not graphs or name in graphs:
-            held_out = list(data.evaluation(name, samples))
+            # A VAE runs once per picture, a UNet at every step of it.
+            held_out = list(data.evaluation(name, min(samples, len(data.evaluation(name)))))
             sensitivity.measure(Workload(adapter, held_out, settings, draw if picture else None), chosen, report)
     found: dict[str, Any] = sensitivity.content["graphs"]
     return found

@@ -22,7 +22,8 @@ MIB = 1 << 20
 _FLOAT = 4
 _INPUTS = 4  # tensors of the size of a layer's input while it is measured
 _ROW_ARRAYS = 12  # matrices (channels, columns) that a solver has at once
-_BLOCK_ARRAYS = 5  # matrices (block, block)
+_BLOCK_ARRAYS = 7  # matrices (block, block), those of LAPACK included
+_CODE_BYTES = 4  # of each weight of the layer: its code, and the nearest one
 _MOST_CHUNK, _LEAST_CHUNK = 1024, 16
 _LEAST_CHANNELS = 8
 _SMALL_GRAM = 64 * MIB
@@ -101,7 +102,7 @@ class Plan:
         groups: In execution order.
         samples: Calibration samples.
         held_out: How many of them only judge.
-        sample_bytes: The tensors of one sample, at the widest place of the graph.
+        sample_bytes: The tensors of one sample, at the widest place of the graph, and the largest group's weights.
         store_bytes: What the store may hold in memory.
         peak_bytes: In memory, beside runtime and weights.
         disk_bytes: In the scratch folder, at most.
@@ -165,7 +166,9 @@ def make_plan(
         raise PreconditionError(
             f"{samples} calibration samples, {held_out} of them held out", hint="AdaRound fits codes to one or more"
         )
-    sample_bytes = _sample_bytes(segmented)
+    # While a segment runs, rounded weights of the group before it are there beside the model's own.
+    rounded = max(sum(_FLOAT * one.out_channels * one.columns for one in group.layers) for group in segmented.groups)
+    sample_bytes = _sample_bytes(segmented) + rounded
     block_plans = tuple(_plan_block(block, quantizers=quantizers) for block in blocks)
     stored = max((block.stored_bytes for block in block_plans), default=0) // _FLOAT
     frontier = samples * (_frontier_items(segmented) + stored) * item_bytes
@@ -300,7 +303,7 @@ def _fit(group: RoundedGroup, shape: _Shape, form: list[MomentsPlan], available:
     column_bytes = _FLOAT * (longest + shape.channels) if on_disk else 0
     channel_bytes, block_bytes = _FLOAT * _ROW_ARRAYS * longest, _FLOAT * _BLOCK_ARRAYS
     # Tiles that are held while others are made or read.
-    held = sum(one.memory_bytes for one in form) + 2 * WIDTH * column_bytes
+    held = sum(one.memory_bytes for one in form) + 2 * WIDTH * column_bytes + _CODE_BYTES * shape.largest * columns
     channels, block = min(shape.largest, _LEAST_CHANNELS), min(WIDTH, columns)
     # A sample's input on both paths, as it is read and padded; G's parts are there until it is put together.
     reading = _INPUTS * size(group.input) + (shape.offset_bytes if form[0].mode == "gram" else 0)

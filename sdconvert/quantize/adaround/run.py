@@ -252,6 +252,8 @@ class _Run:
                 self._current.clear()
                 with self._timed("forward"):
                     frontiers.advance(index, self._weight)
+                self._current.clear()
+                return_freed_memory()
                 rounds.before(index)
                 committed = commits.find(fingerprints[index], group.layers, self._grids) if wanted[index] else None
                 resumed += committed is not None or not wanted[index]
@@ -410,7 +412,15 @@ def _source(frontiers: Frontiers, group: RoundedGroup, samples: Sequence[int]) -
 def _measure(
     layers: LayerGroup, plan: GroupPlan, moments: MomentsPlan, source: Source, scratch: Path, name: str
 ) -> Moments:
-    """Take moments in the form that was planned."""
+    """Take moments in the form that was planned, and leave no holes where the solver will work."""
+    found = _take(layers, plan, moments, source, scratch, name)
+    return_freed_memory()
+    return found
+
+
+def _take(
+    layers: LayerGroup, plan: GroupPlan, moments: MomentsPlan, source: Source, scratch: Path, name: str
+) -> Moments:
     if moments.mode == "offsets":
         return OffsetMoments(layers, source, plan.chunk)
     if moments.mode == "gram":

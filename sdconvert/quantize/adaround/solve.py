@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sdconvert.errors import UsageError
+from sdconvert.memory import return_freed_memory
 from sdconvert.quantize.adaround.centered import CenteredMoments, Means
 from sdconvert.quantize.adaround.code_grid import CodeGrid
 from sdconvert.quantize.adaround.coordinate import Rounding
@@ -144,6 +145,8 @@ def solve(
     nearest = torch.empty_like(codes)
     scales, biases, sums = [], [], torch.zeros(3, dtype=torch.float64)
     for part in task.parts(channels):
+        if part.start:
+            return_freed_memory()  # the parts before leave holes between what they leave behind
         own = grid.rows(part)
         chosen = channels.part(part)
         codes_part, own = task.round(chosen, own, damping)
@@ -163,7 +166,7 @@ def solve(
     figures = LayerFigures(
         damping,
         fell_back,
-        float((codes != nearest).float().mean()),
+        int((codes != nearest).sum()) / codes.numel(),
         held_out.moments.count if held_out else 0,
         nearest_loss,
         loss,
