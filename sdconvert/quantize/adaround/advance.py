@@ -83,6 +83,8 @@ class Frontiers:
                     )
                 for path in self._paths:
                     self._put(index, path, node, tensor)
+            if index % _SAMPLES_PER_TRIM == 0:
+                return_freed_memory()
 
     def advance(self, index: int, weights: Weights) -> None:
         """Run one segment on every sample and path, up to the inputs of the layers behind it.

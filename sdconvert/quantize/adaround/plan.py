@@ -21,8 +21,8 @@ Mode = Literal["gram", "offsets", "rows", "panel"]
 MIB = 1 << 20
 _FLOAT = 4
 _INPUTS = 4  # tensors of the size of a layer's input while it is measured
-_ROW_ARRAYS = 12  # matrices (channels, columns) that a solver has at once
-_BLOCK_ARRAYS = 7  # matrices (block, block), those of LAPACK included
+_ROW_ARRAYS = 14  # matrices (channels, columns) that a solver has at once
+_BLOCK_ARRAYS = 8  # matrices (block, block), those of LAPACK included
 _CODE_BYTES = 4  # of each weight of the layer: its code, and the nearest one
 _MOST_CHUNK, _LEAST_CHUNK = 1024, 16
 _LEAST_CHANNELS = 8
@@ -302,13 +302,19 @@ def _fit(group: RoundedGroup, shape: _Shape, form: list[MomentsPlan], available:
     row_bytes = _FLOAT * (3 * columns + 2 * shape.channels)
     column_bytes = _FLOAT * (longest + shape.channels) if on_disk else 0
     channel_bytes, block_bytes = _FLOAT * _ROW_ARRAYS * longest, _FLOAT * _BLOCK_ARRAYS
+    # Of inputs on disk, those of a block's columns are read together for their G.
+    gathered = _FLOAT * form[0].rows if form[0].mode == "rows" else 0
+
+    def block_room(block: int) -> int:
+        return block_bytes * block**2 + gathered * block
+
     # Tiles that are held while others are made or read.
     held = sum(one.memory_bytes for one in form) + 2 * WIDTH * column_bytes + _CODE_BYTES * shape.largest * columns
     channels, block = min(shape.largest, _LEAST_CHANNELS), min(WIDTH, columns)
     # A sample's input on both paths, as it is read and padded; G's parts are there until it is put together.
     reading = _INPUTS * size(group.input) + (shape.offset_bytes if form[0].mode == "gram" else 0)
     measuring = reading + _LEAST_CHUNK * row_bytes + WIDTH * column_bytes
-    least = max(measuring, channels * channel_bytes + block**2 * block_bytes)
+    least = max(measuring, channels * channel_bytes + block_room(block))
     room = available - held
     if room < least:
         return held + least
@@ -316,12 +322,12 @@ def _fit(group: RoundedGroup, shape: _Shape, form: list[MomentsPlan], available:
     pass_columns = columns
     if on_disk:
         pass_columns = max(WIDTH, (room - reading - chunk * row_bytes) // column_bytes // WIDTH * WIDTH)
-    if block_bytes * min(columns, _MOST_BLOCK) ** 2 <= room // 2:
-        block = min(columns, _MOST_BLOCK)
-    elif room // 2 > block_bytes * block**2:
-        block = int((room / 2 / block_bytes) ** 0.5) // WIDTH * WIDTH
-    channels = max(channels, min(shape.largest, (room - block_bytes * block**2) // channel_bytes))
-    solving = block_bytes * block**2 + channel_bytes * channels
+    for larger in [min(columns, _MOST_BLOCK), *range(_MOST_BLOCK, WIDTH, -WIDTH)]:
+        if larger <= columns and block_room(larger) <= room // 2:
+            block = larger
+            break
+    channels = max(channels, min(shape.largest, (room - block_room(block)) // channel_bytes))
+    solving = block_room(block) + channel_bytes * channels
     measuring = reading + chunk * row_bytes + min(pass_columns, longest) * column_bytes
     return GroupPlan(
         group.layers,

@@ -34,7 +34,7 @@ class SolverSettings:
     """
 
     method: Method = "coordinate"
-    damping: tuple[float, ...] = (0.03, 0.1, 0.3, 1.0, 3.0)
+    damping: tuple[float, ...] = (0.1, 0.5, 3.0)
     sweeps: int = 10
     refit_scale: bool = False
     trial_channels: int = 128
@@ -166,7 +166,7 @@ def solve(
     figures = LayerFigures(
         damping,
         fell_back,
-        int((codes != nearest).sum()) / codes.numel(),
+        int(torch.count_nonzero(codes != nearest)) / codes.numel(),
         held_out.moments.count if held_out else 0,
         nearest_loss,
         loss,

@@ -50,7 +50,14 @@ class Tiles:
 
     def read_any(self, rows: slice) -> Tensor:
         """Rows of several tiles, as float32."""
-        return torch.cat([self.read(part) for part in tile_slices(rows)])
+        parts = tile_slices(rows)
+        first = self.read(next(parts))
+        found = first.new_empty(rows.stop - rows.start, first.shape[1])
+        found[: len(first)] = first
+        del first
+        for part in parts:  # one tile at a time beside the result
+            found[part.start - rows.start : part.stop - rows.start] = self.read(part)
+        return found
 
 
 def tile_slices(rows: slice) -> Iterator[slice]:
@@ -185,7 +192,7 @@ class RowMoments(TileMoments):
             inputs[:, done : done + len(rows)] = rows[:, columns].T
             done += len(rows)
         self._inputs.write(columns.start, inputs)
-        self.diagonal[columns] = inputs.square().mean(1)
+        self.diagonal[columns] = torch.linalg.vector_norm(inputs, dim=1).square_() / max(1, self._length)
 
     def _make_targets(self, channels: slice) -> None:
         targets = torch.zeros(channels.stop - channels.start, self._length)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 MIB = 1 << 20
-SLACK = 8 * MIB  # what the allocator keeps
+SLACK = 14 * MIB  # what glibc keeps of what was freed: 5 to 12 MiB were seen
 
 
 def measure(budget: int, count: int, folder: Path, root: Path, shapes: str = "small") -> dict[str, Any]:
