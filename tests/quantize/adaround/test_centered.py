@@ -106,7 +106,7 @@ def test_the_bias_takes_the_mean_and_codes_the_rest(method: str) -> None:
     sources = [MeanSource(LayerGroup([one.layer], [one.weight]), one.source) for one in (data, other)]
     found = [Measured(GramMoments.of(source._group, source), source.means()) for source in sources]
     bias = torch.randn(len(weight), generator=torch.Generator().manual_seed(1))
-    settings = SolverSettings(method)  # type: ignore[arg-type]
+    settings = SolverSettings(method, damping=(0.1,))  # type: ignore[arg-type]
     result = solve(found[0], found[1], Channels(slice(0, 6), weight, bias), int4_grid(weight), settings)
     assert result.bias is not None
     assert not result.figures.fell_back

@@ -17,10 +17,11 @@ from sdconvert.quantize.adaround.soft import Schedule
 from sdconvert.quantize.adaround.solve import Measured, SolverSettings, Workspace, solve
 from sdconvert.quantize.grid import WeightGrid
 
+DAMPING = (0.03, 0.1, 0.3, 1.0, 3.0)
 SETTINGS = {
-    "coordinate": SolverSettings(),
-    "adaround": SolverSettings("adaround", schedule=Schedule(iterations=200)),
-    "refit": SolverSettings(refit_scale=True),
+    "coordinate": SolverSettings(damping=DAMPING),
+    "adaround": SolverSettings("adaround", DAMPING, schedule=Schedule(iterations=200)),
+    "refit": SolverSettings(damping=DAMPING, refit_scale=True),
 }
 ASYMMETRIC = [
     {"bitwidth": 8, "dtype": "int", "is_symmetric": "False", "offset": -100 - k, "scale": 0.02 + 0.001 * k}
