@@ -70,7 +70,7 @@ def main() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     budget, count, shapes, folder = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], Path(sys.argv[4])
-    solver = SolverSettings(damping=(0.1,), sweeps=2)
+    solver = SolverSettings(damping=(0.1,))
     settings = AdaRoundSettings(solver=solver, budget_bytes=budget)
     small = block_graph()
     adaround(small, block_samples(4), int4_grids(small), settings, folder / "warm")

@@ -55,6 +55,8 @@ def test_budget_holds_and_quality_does_not_depend_on_it(
         assert report["planned"] <= budget * MIB
         assert report["peak"] - idle["peak"] < budget * MIB + SLACK
         assert report["output"] == pytest.approx(reports[-1]["output"], abs=0.1)
-        assert report["levels"] == pytest.approx(reports[-1]["levels"], abs=0.1)
+        # Blocks of GPTQ follow the budget; smaller ones may come out better.
+        pairs = zip(report["levels"], reports[-1]["levels"], strict=True)
+        assert all(level > most - 0.1 for level, most in pairs)
     assert {mode for report in reports for mode in report["modes"] + report["held_out_modes"]} == modes
     assert len({tuple(report["modes"] + report["held_out_modes"]) for report in reports}) == len(budgets), "it binds"
