@@ -34,7 +34,7 @@ class SolverSettings:
     """
 
     method: Method = "coordinate"
-    damping: tuple[float, ...] = (0.1, 0.5, 3.0)
+    damping: tuple[float, ...] = (0.03, 0.1, 0.3, 1.0, 3.0)
     sweeps: int = 10
     refit_scale: bool = False
     trial_channels: int = 128
