@@ -3,9 +3,10 @@
 python benchmarks/adaround_vs_aimet.py [--seeds 1] [--batches 8] [--iterations 200 1000]
 
 Both round the same 83 weights to the same 4-bit grids, AIMET's, on the same calibration batches. A process of its own
-does each run, on one thread; model, data and imports are there before the clock starts. The rounded weights then go
-into diffusers' own model, exactly as a simulation would round them, and its output on four batches that no run saw is
-compared with the floating-point one. Seeds are those of the calibration data; the model's weights are random.
+does each run, on one thread; model, data and imports are there before the clock starts. The rounded weights, and with
+ours the biases that changed with them, then go into diffusers' own model, exactly as a simulation would round them, and
+its output on four batches that no run saw is compared with the floating-point one. Seeds are those of the calibration
+data; the model's weights are random.
 """
 
 import argparse

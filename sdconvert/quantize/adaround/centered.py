@@ -27,9 +27,10 @@ class Means:
     inputs: Tensor
     differences: Tensor
 
-    def shift(self, channels: Channels, delta: Tensor) -> Tensor:
+    def shift(self, channels: Channels, delta: Tensor | None) -> Tensor:
         """Mean of the output's error on the quantized path, W d - D m: (rows,)."""
-        return channels.weight @ self.differences - delta @ self.inputs
+        error = channels.weight @ self.differences
+        return error if delta is None else error - delta @ self.inputs
 
 
 class MeanSource:
@@ -83,8 +84,7 @@ class CenteredMoments(Moments):
     def start(self, channels: Channels, delta: Tensor | None) -> Tensor:
         """Of the other object, without the mean of the error."""
         state = self._moments.start(channels, delta)
-        error = -(channels.weight @ self._means.differences)
-        self.subtract_mean(state, error if delta is None else error + delta @ self._means.inputs, self._means.inputs)
+        self.subtract_mean(state, -self._means.shift(channels, delta), self._means.inputs)
         return state
 
     def gradient(self, state: Tensor, columns: slice) -> Tensor:

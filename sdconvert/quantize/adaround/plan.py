@@ -176,7 +176,7 @@ def make_plan(
     store_bytes = min(frontier, budget_bytes // 4, budget_bytes - sample_bytes)
     if store_bytes < 0:
         raise BudgetError(
-            f"one sample takes {sample_bytes / MIB:.1f} MiB where the graph is widest, "
+            f"one sample takes {sample_bytes / MIB:.1f} MiB where the graph is widest, beside rounded weights, "
             f"the budget is {budget_bytes / MIB:.1f} MiB",
             hint=f"give at least {sample_bytes / MIB:.1f} MiB, or calibrate on smaller tiles",
         )

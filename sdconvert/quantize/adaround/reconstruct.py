@@ -129,8 +129,13 @@ class BlockTask:
         return total
 
     @torch.no_grad()
-    def loss(self, own: Mapping[str, Tensor], samples: Sequence[int]) -> float:
-        """Mean of `error` over samples, quantizers in place."""
+    def loss(self, own: Mapping[str, Tensor | None], samples: Sequence[int]) -> float:
+        """Mean of `error` over samples, quantizers in place.
+
+        Args:
+            own: Parameters to compute with, beside those of the quantized path; None: the model's own.
+            samples: To judge on.
+        """
         constants, energies = Constants(self._segmented, self._quantizers, self._with(own)), self.mean_energy(samples)
         return sum(float(self.error(sample, constants, energies)) for sample in samples) / len(samples)
 
@@ -167,7 +172,7 @@ class BlockTask:
         if QUANTIZED in self._frontiers.ops:
             self._frontiers.ops[QUANTIZED] += ends * self._samples
 
-    def _with(self, own: Mapping[str, Tensor]) -> Weights:
+    def _with(self, own: Mapping[str, Tensor | None]) -> Weights:
         return lambda name: own[name] if name in own else self._weights(name)
 
     def close(self) -> None:
@@ -331,9 +336,11 @@ def reconstruct(
     }
     losses = {}
     for kind, candidate in candidates.items():
-        weights = {
+        weights: dict[str, Tensor | None] = {
             name: grid.dequantize(codes).reshape(starts[name].weight.shape) for name, (codes, grid) in candidate.items()
         }
+        if kind == "nearest":  # biases changed for other codes
+            weights |= {layer.bias: None for layer in task.block.layers if layer.bias is not None}
         losses[kind] = task.loss(weights, judging)
     # Of equals the first: moments stay unless something is better.
     taken = min(losses, key=losses.__getitem__)

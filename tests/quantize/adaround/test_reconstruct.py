@@ -188,6 +188,16 @@ def test_the_best_on_held_out_samples_is_taken(rate: float, tmp_path: Path) -> N
     assert result.figures.keys() == int4_grids(traced).keys()
 
 
+def test_nearest_is_judged_with_the_model_s_own_biases(tmp_path: Path) -> None:
+    """As it is what a simulation would do without AdaRound, and as it is committed."""
+    traced = block_graph()
+    losses = [
+        run(traced, tmp_path / str(correct), SHORT, correct_bias=correct).blocks[0].nearest_loss
+        for correct in (True, False)
+    ]
+    assert losses[0] == losses[1]
+
+
 def test_the_frontier_goes_on_with_what_was_taken(tmp_path: Path) -> None:
     """What the run itself saw at the graph's end is what the model with these weights computes."""
     traced = block_graph()
@@ -200,8 +210,8 @@ def test_the_frontier_goes_on_with_what_was_taken(tmp_path: Path) -> None:
         rounded = block_graph()
         nodes = {parameter.name: parameter.node for parameter in graph.parameters(rounded)}
         with torch.no_grad():
-            for key, weight in result.weights():
-                attribute(rounded, nodes[key]).copy_(weight)
+            for key, value in {**dict(result.weights()), **result.biases()}.items():
+                attribute(rounded, nodes[key]).copy_(value)
             outputs = [rounded(*sample.values()) for sample in judging]
             levels = [
                 sqnr_db(torch.stack([one[k] for one in reference]), torch.stack([one[k] for one in outputs]))
