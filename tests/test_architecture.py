@@ -2,6 +2,7 @@
 
 import ast
 import statistics
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -180,6 +181,12 @@ def test_every_part_of_the_package_has_its_place() -> None:
 def test_every_folder_of_tests_mirrors_one_of_the_package() -> None:
     folders = {folder.name for folder in (ROOT / "tests").iterdir() if any(folder.glob("test_*.py"))}
     assert folders <= {folder.name for folder in (ROOT / "sdconvert").iterdir()} | {"distributed", "device", "scripts"}
+
+
+def test_no_two_files_of_tests_share_a_name() -> None:
+    """Test files are modules of one level; pytest refuses the second of a name, and only when both are collected."""
+    names = Counter(file.name for file in (ROOT / "tests").rglob("*.py") if file.name != "conftest.py")
+    assert [name for name, count in names.items() if count > 1] == []
 
 
 def test_every_file_states_its_idea() -> None:
