@@ -29,6 +29,19 @@ from sdconvert.models.rewrite_names import REWRITES, RewriteName
 RECIPES = Path(__file__).parent / "recipes"
 
 
+# No text, PASD's own additions for the better and for the worse, and what photographs show.
+_PROMPTS = (
+    "clean, high-resolution, 8k",
+    "",
+    "a photo of a smiling woman in front of a flag, clean, high-resolution, 8k",
+    "a cup of coffee on a wooden table, best quality",
+    "blurry, dotted, noise, raster lines, unclear, lowres, over-smoothed",
+    "a rocket on its launch pad under a blue sky",
+    "a photo of a red flower among green leaves, clean, high-resolution, 8k",
+    "an old building beside a road at night, extremely detailed",
+)
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
 
@@ -97,6 +110,9 @@ class CalibrationSection(_Section):
     """Photographs that ship with sdconvert, by name, or paths of pictures."""
     crops_per_photograph: int = Field(default=2, ge=1)
     """Random crops of one tile taken from each photograph."""
+    prompts: tuple[str, ...] = Field(default=_PROMPTS, min_length=1)
+    """Prompts of the crops, in turn: ranges that one text shows do not hold for the next. What is evaluated has
+    `pipeline.prompt`."""
     held_out: tuple[str, ...] = Field(default=("chelsea", "china"), min_length=1)
     """Photographs for evaluation and report; none of them may calibrate."""
     memory_limit: ByteSize | None = None
@@ -223,6 +239,9 @@ class GatesSection(_Section):
     """SQNR in dB of each graph's outputs in the HTP simulator against fp32."""
     simulator_vs_quantized_db: float = 45.0
     """SQNR in dB of the same outputs against the quantized torch model."""
+    response_tolerance: float = Field(default=0.05, gt=0)
+    """How far the strength of the answer to the prompt, and to the control image, may be from fp32's: 0.05 allows 0.95
+    to 1.05 times the change of the predicted noise, in the HTP simulator."""
     image_psnr_db: float = 38.0
     """PSNR in dB (data range 1) of the quantized model's final picture against the fp32 one."""
 

@@ -23,7 +23,7 @@ from sdconvert.io.encodings import read_encodings
 
 ROOT = Path(__file__).parents[1]
 RUN = ROOT / "build" / "pasd_tiny"
-GRAPHS = ("controlnet", "unet", "vae_decoder")
+GRAPHS = ("text_encoder", "vae_encoder", "controlnet", "unet", "vae_decoder")
 SHELL = re.compile(r"^```sh\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 

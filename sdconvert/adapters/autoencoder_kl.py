@@ -1,4 +1,4 @@
-"""AutoencoderKL: its decoder, which runs once per tile at the end."""
+"""AutoencoderKL: its encoder, which runs once per tile at the start, and its decoder, once per tile at the end."""
 
 from collections.abc import Mapping
 from typing import Any, ClassVar
@@ -15,6 +15,8 @@ from sdconvert.adapters.base import (
 )
 from sdconvert.adapters.capabilities import AdapterCapabilities
 from sdconvert.adapters.spec import GraphSize, IOSpec, Tensors, TensorSpec, numbered
+from sdconvert.errors import UsageError
+from sdconvert.models.autoencoder_kl_encoder import AutoencoderKLEncoder
 
 
 @AdapterRegistry.register(AutoencoderKL)
@@ -69,3 +71,56 @@ class AutoencoderKLAdapter(ModelAdapter):
     def in_graph(self, path: str) -> bool:
         """See `ModelAdapter.in_graph`: the encoder is no part of the graph."""
         return path.startswith(("decoder.", "post_quant_conv"))
+
+
+@AdapterRegistry.register(AutoencoderKLEncoder)
+class AutoencoderKLEncoderAdapter(ModelAdapter):
+    """Graph of the encoder: sample in [-1, 1] → moments, mean and logarithmic variance of the latents, side by side."""
+
+    graph_name = "vae_encoder"
+    positional = ("sample",)
+    capabilities: ClassVar = AdapterCapabilities(quantize=True, mha2sha=True, adaround=True, block_parallel=True)
+
+    def pack(self, call: Mapping[str, Any]) -> Tensors:
+        """See `ModelAdapter.pack`."""
+        require_known_arguments(call, {"sample"})
+        return {"sample": call["sample"]}
+
+    def unpack(self, outputs: Tensors) -> Tensor:
+        """See `ModelAdapter.unpack`."""
+        return outputs["moments"]
+
+    def graph_forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """See `ModelAdapter.graph_forward`."""
+        (sample,) = inputs
+        encoder: Any = self.model
+        return (encoder.moments(sample),)
+
+    def output_names(self, count: int) -> tuple[str, ...]:
+        """See `ModelAdapter.output_names`."""
+        return ("moments",)
+
+    def io_spec(self, size: GraphSize | None = None) -> IOSpec:
+        """See `ModelAdapter.io_spec`; height and width are those of the picture.
+
+        Raises:
+            UsageError: The latents of such a picture would not be whole.
+        """
+        model: Any = self.model
+        config = model.config
+        height, width = sample_size(config, size or GraphSize())
+        factor = 2 ** (len(config.block_out_channels) - 1)
+        if height % factor or width % factor:
+            raise UsageError(
+                f"a picture of {height}x{width} pixels has no whole latents", hint=f"give multiples of {factor}"
+            )
+        latents = (1, 2 * config.latent_channels, height // factor, width // factor)
+        sample = TensorSpec("sample", (1, config.in_channels, height, width), range=(-1.0, 1.0))
+        return IOSpec((sample,), (TensorSpec("moments", latents),))
+
+    def block_paths(self) -> list[str]:
+        """See `ModelAdapter.block_paths`."""
+        model: Any = self.model
+        last = ["quant_conv"] if model.quant_conv is not None else []
+        blocks = ["encoder.conv_in", *numbered("encoder.down_blocks", model), "encoder.mid_block"]
+        return [*blocks, "encoder.conv_norm_out", "encoder.conv_out", *last]

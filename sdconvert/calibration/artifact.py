@@ -6,7 +6,7 @@ from pathlib import Path
 from torch import Tensor
 
 from sdconvert.calibration.crops import TILE
-from sdconvert.calibration.store import ActivationStore
+from sdconvert.calibration.store import ActivationStore, Tensors
 from sdconvert.io.tensors import load_tensors
 
 __all__ = ["TILE", "ActivationStore", "CalibrationArtifact"]
@@ -31,6 +31,16 @@ class CalibrationArtifact:
         """Inputs of a graph from the held-out photographs, one latent tile each; all, or `count` of them as above."""
         store = ActivationStore(self.folder / "evaluation" / graph)
         return store if count is None else store.spread(count)
+
+    def held_out(self, graph: str) -> list[Tensors]:
+        """One input per held-out photograph: its first step, the next one's last, and so on, so that both kinds occur.
+
+        Inputs are in the graph's order.
+        """
+        by_picture: dict[str, list[Tensors]] = {}
+        for info, inputs in self.evaluation(graph).samples():
+            by_picture.setdefault(info.picture, []).append(inputs)
+        return [samples[-(index % 2)] for index, samples in enumerate(by_picture.values())]
 
     def pictures(self) -> dict[str, dict[str, Tensor]]:
         """Of every held-out crop by name: `original`, `low_resolution`, `bicubic`, `fp32`, each (3, H, W) in [0, 1].

@@ -1,5 +1,6 @@
 """The work of `20-calibration`: sample every photograph once in fp32 and keep what the graphs were given."""
 
+import itertools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -43,9 +44,14 @@ def run(context: StageContext) -> dict[str, Any]:
         for purpose in _PURPOSES
     }
 
+    prompts = dict(zip(crops["calibration"], itertools.cycle(recipe.calibration.prompts), strict=False))
+
     def request(sample: str) -> Sides:
-        shared, posi, nega = pipe.inputs(low[sample], **sampling_arguments(recipe))
         purpose, _, picture = sample.partition(".")
+        arguments = sampling_arguments(recipe)
+        if purpose == "calibration":
+            arguments["prompt"] = prompts[picture]
+        shared, posi, nega = pipe.inputs(low[sample], **arguments)
         if purpose == "calibration" or picture.endswith(TILE):  # one tile per photograph is enough to evaluate
             shared["observer"] = _Capture(adapters, writers[purpose], picture)
         return shared, posi, nega

@@ -22,6 +22,10 @@ class ExportArtifact:
         """The Q/DQ graph."""
         return self.folder / f"{graph}.onnx"
 
+    def graph_bytes(self, graph: str) -> int:
+        """Size of the graph, weights included."""
+        return sum(path.stat().st_size for path in self.folder.glob(f"{graph}.onnx*"))
+
     def graphs(self) -> list[str]:
         """Names of the graphs, in the order in which a picture needs them."""
         names: list[str] = list(json.loads((self.folder / "nodes.json").read_text(encoding="utf-8")))

@@ -9,7 +9,7 @@ from typing import Any
 from sdconvert.errors import CheckpointError, UsageError
 from sdconvert.patterns import matches_pattern
 
-_ONE_HEAD = ("AutoencoderKL", "VQModel")
+_ONE_HEAD = ("AutoencoderKL", "AutoencoderKLEncoder", "VQModel")
 _SHOWN = 5
 
 

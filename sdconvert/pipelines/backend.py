@@ -5,7 +5,11 @@ from typing import Any
 
 from sdconvert.adapters import ModelAdapter, Tensors, adapter_for
 from sdconvert.adapters.controlnet import ControlNetModelAdapter
+from sdconvert.models.autoencoder_kl_encoder import AutoencoderKLEncoder
 from sdconvert.pipelines.pasd import PASDPipeline
+
+GRAPHS = ("text_encoder", "vae_encoder", "controlnet", "unet", "vae_decoder")
+"""Device graphs of a PASD, in the order in which a picture needs them."""
 
 GraphRunner = Callable[[Tensors], Tensors]
 
@@ -22,6 +26,12 @@ class GraphBackend:
         self.adapter = adapter
         self.runner = runner
 
+    @property
+    def config(self) -> Any:
+        """The model's, which a pipeline reads."""
+        model: Any = self.adapter.model
+        return model.config
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Answer as the model would with `return_dict=False`."""
         call = dict(zip(self.adapter.positional[: len(args)], args, strict=True)) | kwargs
@@ -29,12 +39,15 @@ class GraphBackend:
 
 
 def graph_adapters(pipe: PASDPipeline, conditioning_scale: float) -> dict[str, ModelAdapter]:
-    """The adapters of a pipeline's device graphs, by graph name, in the order in which a picture needs them."""
-    return {
-        "controlnet": ControlNetModelAdapter(pipe.controlnet, conditioning_scale),
-        "unet": adapter_for(pipe.unet),
-        "vae_decoder": adapter_for(pipe.vae),
-    }
+    """The adapters of a pipeline's device graphs, by graph name, in the order of `GRAPHS`."""
+    adapters = (
+        adapter_for(pipe.text_encoder),
+        adapter_for(AutoencoderKLEncoder.of(pipe.vae)),
+        ControlNetModelAdapter(pipe.controlnet, conditioning_scale),
+        adapter_for(pipe.unet),
+        adapter_for(pipe.vae),
+    )
+    return dict(zip(GRAPHS, adapters, strict=True))
 
 
 def swap_backends(pipe: PASDPipeline, adapters: dict[str, ModelAdapter], runners: Mapping[str, GraphRunner]) -> None:

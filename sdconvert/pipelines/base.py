@@ -27,7 +27,7 @@ class Observer(Protocol):
         Args:
             component: Attribute of the pipeline that is called, for example `"unet"`.
             inputs: What the call gets, by argument name; not to be modified.
-            step: Index of the sampling step; the number of steps for calls after the loop.
+            step: Index of the sampling step; 0 for calls before the loop, the number of steps for calls after it.
             side: Side of guidance.
             tile: Index of the latent tile.
         """

@@ -13,6 +13,19 @@ from sdconvert.pipelines.shape import SamplingShape, sampling_shape
 from sdconvert.pipelines.unit import Inputs
 
 
+class VAEEncoder(nn.Module):
+    """The encoding half of an `AutoencoderKL` as a model of its own."""
+
+    def __init__(self, vae: Any) -> None:
+        super().__init__()
+        self.vae = vae
+
+    def forward(self, sample: Tensor) -> Tensor:
+        """Moments (1, 2 C, h, w) of the latents of a picture (1, 3, H, W) in [-1, 1]."""
+        moments: Tensor = self.vae.encode(sample, return_dict=False)[0].parameters
+        return moments
+
+
 class VAEDecoder(nn.Module):
     """The decoding half of an `AutoencoderKL` as a model of its own."""
 

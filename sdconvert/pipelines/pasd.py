@@ -1,15 +1,22 @@
 """PASD super-resolution: the one sampler that calibration, evaluation, packaging and the report run.
 
-What differs between them is the backend of `unet`, `controlnet` and `vae_decoder`: attributes of the pipeline, any
-callable with the model's calling convention, fed with batch 1 and, with latent tiles, with one static shape.
+What differs between them is the backend of `text_encoder`, `vae_encoder`, `unet`, `controlnet` and `vae_decoder`:
+attributes of the pipeline, any callable with the model's calling convention, fed with batch 1 and, with latent tiles,
+with one static shape.
 """
 
+from collections.abc import Callable
 from typing import Any, Unpack
 
 from torch import Tensor
 
 from sdconvert.errors import CheckpointError
-from sdconvert.pipelines.latent_diffusion import LatentDiffusionParts, LatentDiffusionPipeline, SamplingRequest
+from sdconvert.pipelines.latent_diffusion import (
+    LatentDiffusionParts,
+    LatentDiffusionPipeline,
+    SamplingRequest,
+    VAEEncoder,
+)
 from sdconvert.pipelines.latent_units import Decoder
 from sdconvert.pipelines.pasd_units import (
     ColorFix,
@@ -37,6 +44,8 @@ class PASDPipeline(LatentDiffusionPipeline):
       mid_block_additional_residual=…, return_dict=False)` returns a tuple that begins with the prediction;
     * `controlnet(sample, timestep, encoder_hidden_states=…, controlnet_cond=…, conditioning_scale=…,
       return_dict=False)` returns a tuple that ends with the down residuals and the mid residual;
+    * `text_encoder(input_ids)` returns a tuple that begins with the last hidden state; its `config` is the model's;
+    * `vae_encoder(sample)` returns the moments of the latents for a picture in [-1, 1];
     * `vae_decoder(latents)` returns the picture in [-1, 1] for latents divided by the scaling factor.
 
     Args:
@@ -67,6 +76,7 @@ class PASDPipeline(LatentDiffusionPipeline):
     def __init__(self, *, unet: Any, controlnet: Any, **parts: Unpack[LatentDiffusionParts]) -> None:
         super().__init__(**parts)
         self.unet, self.controlnet = unet, controlnet
+        self.vae_encoder: Callable[[Tensor], Tensor] = VAEEncoder(self.vae)
         self.stable_diffusion_size: bool = unet is not None and unet.config.block_out_channels[0] >= 320
         self._check_control_factor()
 

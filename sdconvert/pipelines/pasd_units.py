@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from sdconvert.adapters.schedulers import noisings_of, start_from
+from sdconvert.pipelines.base import Observer
 from sdconvert.pipelines.color import wavelet_color_fix
 from sdconvert.pipelines.latent_units import check_image, log_shape
 from sdconvert.pipelines.shape import SamplingShape
@@ -114,37 +115,51 @@ class LatentsInitializer(PipelineUnit):
         super().__init__(
             input_params=(
                 "init_image",
+                "sampling_shape",
                 "posterior_noise",
                 "noise",
                 "added_noise",
                 "added_noise_level",
                 "scheduler",
+                "observer",
             ),
             output_params=("latents",),
-            onload_model_names=("vae",),
+            onload_model_names=("vae_encoder",),
         )
 
     def process(
         self,
         pipe: "PASDPipeline",
         init_image: Tensor,
+        sampling_shape: SamplingShape,
         posterior_noise: Tensor,
         noise: Tensor,
         scheduler: Any,
         added_noise: Tensor | None = None,
         added_noise_level: int | None = None,
+        observer: Observer | None = None,
     ) -> Inputs:
         """Return `latents` (1, C, h, w): a sample of the VAE's posterior, noised to where the sampler begins.
 
-        With `added_noise_level` they are noised once more at that timestep.
+        The picture is encoded tile by tile. With `added_noise_level` latents are noised once more at that timestep.
 
         Raises:
             UnsupportedSchedulerError: The scheduler's class is unknown.
             UsageError: `added_noise_level` is no timestep of the scheduler.
         """
         pipe.load_models_to_device(self.onload_model_names)
-        posterior = pipe.vae.encode(init_image, return_dict=False)[0]
-        latents = (posterior.mean + posterior.std * posterior_noise) * pipe.scaling_factor
+        grid = sampling_shape.grid
+
+        def encode(index: int) -> Tensor:
+            tile = grid.crop(init_image, index, pipe.vae_scale_factor)
+            if observer is not None:
+                observer.record("vae_encoder", {"sample": tile}, step=0, side="positive", tile=index)
+            return pipe.vae_encoder(tile)
+
+        mean, log_variance = grid.blend(map(encode, range(len(grid.corners)))).chunk(2, dim=1)
+        # The bounds are those of diffusers' DiagonalGaussianDistribution.
+        deviation = torch.exp(0.5 * log_variance.clamp(-30.0, 20.0))
+        latents = (mean + deviation * posterior_noise) * pipe.scaling_factor
         # Not times `init_noise_sigma`, as text to picture starts (`InitialNoise`, diffusers' own way): that is meant
         # for noise alone, and leaves a picture 0.2 % short of signal with Euler's trailing and linear spacing. A device
         # that replays the sampler's table starts from the same numbers.

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from sdconvert.errors import UsageError
+from sdconvert.pipelines.base import Observer
+from sdconvert.pipelines.loop import Side
 from sdconvert.pipelines.unit import Inputs, PipelineUnit
 
 if TYPE_CHECKING:
@@ -71,6 +73,7 @@ class PromptEmbedder(PipelineUnit):
     def __init__(self) -> None:
         super().__init__(
             separate_cfg=True,
+            input_params=("observer",),
             input_params_posi={"prompt": "prompt", "prompt_embeds": "prompt_embeds"},
             input_params_nega={"prompt": "negative_prompt", "prompt_embeds": "prompt_embeds"},
             output_params=("prompt_embeds",),
@@ -79,7 +82,12 @@ class PromptEmbedder(PipelineUnit):
         )
 
     def process(
-        self, pipe: "StableDiffusionPipeline", prompt: str | None = None, prompt_embeds: Tensor | None = None
+        self,
+        pipe: "StableDiffusionPipeline",
+        prompt: str | None = None,
+        prompt_embeds: Tensor | None = None,
+        observer: Observer | None = None,
+        side: Side = "positive",
     ) -> Inputs:
         """Return `prompt_embeds` (1, tokens, channels): the last hidden state after the final norm."""
         if prompt is None:
@@ -89,8 +97,10 @@ class PromptEmbedder(PipelineUnit):
         tokens = tokenize(pipe.tokenizer, prompt, config.max_position_embeddings)
         masked = getattr(config, "use_attention_mask", False)
         mask = {"attention_mask": tokens.attention_mask.to(pipe.device)} if masked else {}
-        embeds = pipe.text_encoder(tokens.input_ids.to(pipe.device), **mask)[0]
-        return {"prompt_embeds": embeds.to(pipe.torch_dtype)}
+        input_ids = tokens.input_ids.to(pipe.device)
+        if observer is not None:
+            observer.record("text_encoder", {"input_ids": input_ids, **mask}, step=0, side=side, tile=0)
+        return {"prompt_embeds": pipe.text_encoder(input_ids, **mask)[0].to(pipe.torch_dtype)}
 
 
 class DualPromptEmbedder(PipelineUnit):

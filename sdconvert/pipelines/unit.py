@@ -20,7 +20,8 @@ class PipelineUnit(ABC):
 
     *Direct* (default): `process(pipe, **inputs)` gets `input_params` from the shared inputs and returns
     `output_params` for them. *Separate CFG*: the same once per side, with `input_params_posi` and
-    `input_params_nega` mapping arguments to keys of that side, and outputs written to that side. *Take-over*:
+    `input_params_nega` mapping arguments to keys of that side, and outputs written to that side; an argument `side` is
+    told which one. *Take-over*:
     `process(pipe, inputs_shared, inputs_posi, inputs_nega)` gets and returns all three.
 
     An argument of `process` without a default is required; one that is absent takes its default.
@@ -185,9 +186,10 @@ def given_keys(*inputs: Inputs) -> set[str]:
 def _separate(
     unit: PipelineUnit, pipe: HasUnits, shared: Inputs, posi: Inputs, nega: Inputs
 ) -> tuple[Inputs, Inputs, Inputs]:
-    positive = _process(unit, pipe, shared, unit.input_params_posi, posi)
+    positive = _process(unit, pipe, shared, unit.input_params_posi, posi, side="positive")
     # Without guidance nothing reads the negative side; computing or copying it would only hide a wrong read.
-    negative = _process(unit, pipe, shared, unit.input_params_nega, nega) if shared["cfg_scale"] != 1.0 else {}
+    guided = shared["cfg_scale"] != 1.0
+    negative = _process(unit, pipe, shared, unit.input_params_nega, nega, side="negative") if guided else {}
     return shared, {**posi, **positive}, {**nega, **negative}
 
 
@@ -205,8 +207,11 @@ def _take_over(
     return result
 
 
-def _process(unit: PipelineUnit, pipe: HasUnits, shared: Inputs, side_keys: Mapping[str, str], side: Inputs) -> Inputs:
-    arguments = _arguments(unit, pipe, shared, side_keys, side)
+def _process(
+    unit: PipelineUnit, pipe: HasUnits, shared: Inputs, side_keys: Mapping[str, str], inputs: Inputs, **told: str
+) -> Inputs:
+    arguments = _arguments(unit, pipe, shared, side_keys, inputs)
+    arguments |= {name: value for name, value in told.items() if name in inspect.signature(unit.process).parameters}
     outputs = unit.process(pipe, **arguments)
     if not isinstance(outputs, dict):
         raise UnitError(f"{unit.name}.process() must return a dictionary; it returned {_kind(outputs)}")

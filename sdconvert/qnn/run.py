@@ -1,85 +1,104 @@
 """The work of `60-qnn`: contexts, scores and simulated pictures."""
 
-from collections.abc import Mapping
+import math
+from collections import defaultdict
 from typing import Any
 
-from sdconvert.adapters import Tensors
-from sdconvert.calibration.artifact import CalibrationArtifact
-from sdconvert.checkpoint.artifact import CheckpointArtifact
+from sdconvert.calibration.artifact import TILE, CalibrationArtifact
 from sdconvert.config import Recipe
 from sdconvert.export.artifact import ExportArtifact
-from sdconvert.io.tensors import flatten, save_tensors
-from sdconvert.metrics import psnr_db, worst_sqnr_db
-from sdconvert.pipelines.backend import GraphRunner, graph_adapters, swap_backends
-from sdconvert.pipelines.sampling import sampling_arguments
+from sdconvert.processes import Task, in_processes, in_threads, jobs_for
 from sdconvert.qnn.artifact import QnnArtifact, simulated_path
 from sdconvert.qnn.context import Context, compile_context
-from sdconvert.qnn.simulator import Simulator
+from sdconvert.qnn.simulate import Road, simulate_answers, simulate_picture, simulate_response
 from sdconvert.soc import find_soc
 from sdconvert.stages import StageContext
+
+# Of the HTP compiler, per byte of the Q/DQ graph: 0.94 GB were seen for 58 MB, 6 GB for 220 MB.
+_COMPILER_BYTES = 30
 
 
 def run(context: StageContext) -> dict[str, Any]:
     """Do the stage's work; see `Stage.run`."""
-    recipe = context.recipe
+    contexts = _compile(context)
+    figures = _simulate(context, contexts)
+    QnnArtifact.write(context.out, contexts, figures)
+    return _metrics(context.recipe, figures, contexts)
+
+
+def _compile(context: StageContext) -> list[Context]:
+    """Compile every graph for every SoC, SoC by SoC."""
     exported = ExportArtifact(context.run.stage_folder("50-export"))
-    socs = [find_soc(name) for name in dict.fromkeys(recipe.qnn.socs)]
+    socs = [find_soc(name) for name in dict.fromkeys(context.recipe.qnn.socs)]
     graphs = exported.graphs()
-    # Compiling a graph, simulating a graph, and each picture are the parts whose time counts.
-    total = len(graphs) * len(socs) * 2 + len(recipe.calibration.held_out)
-    contexts: list[Context] = []
-    for soc in socs:
-        for graph in graphs:
-            context.report.step(len(contexts), total, f"compile {graph} for {soc.name}")
-            target = context.out / soc.name
-            mode = recipe.qnn.finalization_mode
-            contexts.append(compile_context(exported.onnx(graph), target, soc, finalization_mode=mode))
-    figures: dict[str, dict[str, Any]] = {graph: {} for graph in graphs}
-    simulators = {(one.graph, one.soc.name): Simulator(one.ctx_onnx) for one in contexts}
-    for (graph, soc_name), simulator in simulators.items():
-        done = len(contexts) + sum(map(len, figures.values()))
-        context.report.step(done, total, f"simulate {graph} on {soc_name}")
-        answers = exported.answers(graph)
-        simulated = [simulator(inputs) for inputs, *_ in answers]
-        save_tensors(flatten(simulated), context.out / simulated_path(graph, soc_name))
-        figures[graph][soc_name] = _score(simulated, answers)
-    context.report.step(total - len(recipe.calibration.held_out), total, "simulate pictures")
-    first = {graph: simulators[graph, socs[0].name] for graph in graphs}
-    pictures = _run_pictures(context, first)
-    QnnArtifact.write(context.out, contexts, {"graphs": figures, "pictures": pictures})
-    return _metrics(recipe, figures, pictures, contexts)
+    mode = context.recipe.qnn.finalization_mode
+
+    def compile_one(graph: str, soc: Any) -> Context:
+        return compile_context(exported.onnx(graph), context.out / soc.name, soc, finalization_mode=mode)
+
+    tasks: list[Task] = [(compile_one, (graph, soc)) for soc in socs for graph in graphs]
+    contexts: dict[int, Context] = {}
+    context.report.step(0, len(tasks), f"compile {len(graphs)} graphs for {', '.join(soc.name for soc in socs)}")
+    largest = max(exported.graph_bytes(graph) for graph in graphs)
+    for index, compiled in in_threads(tasks, jobs_for(_COMPILER_BYTES * largest)):
+        contexts[index] = compiled
+        if len(contexts) < len(tasks):
+            context.report.step(len(contexts), len(tasks), f"compiled {compiled.graph} for {compiled.soc.name}")
+    return [contexts[index] for index in range(len(tasks))]
 
 
-def _score(results: list[Tensors], answers: list[tuple[Tensors, Tensors, Tensors]]) -> dict[str, Any]:
-    """Compare the simulator with fp32 and with the quantized torch model: the worst output of the worst input."""
-    _, fp32, quantized = zip(*answers, strict=True)
-    return {
-        "simulator_vs_fp32_db": min(map(worst_sqnr_db, fp32, results)),
-        "simulator_vs_quantized_db": min(map(worst_sqnr_db, quantized, results)),
-        "samples": len(results),
-    }
-
-
-def _run_pictures(context: StageContext, runners: Mapping[str, GraphRunner]) -> dict[str, dict[str, float]]:
-    """Sample one tile of each held-out photograph with every graph in the simulator, its own errors fed back."""
-    recipe = context.recipe
-    pipe = CheckpointArtifact(context.run.stage_folder("10-checkpoint")).pipeline()
-    swap_backends(pipe, graph_adapters(pipe, recipe.pipeline.conditioning_scale), runners)
+def _simulate(context: StageContext, contexts: list[Context]) -> dict[str, Any]:
+    """Run contexts of every SoC on held-out inputs, and those of the first one for pictures and responses."""
+    by_soc: defaultdict[str, dict[str, Any]] = defaultdict(dict)
+    for one in contexts:
+        by_soc[one.soc.name][one.graph] = one.ctx_onnx
+    roads = {soc: Road(context.recipe, context.run, paths) for soc, paths in by_soc.items()}
+    first = next(iter(roads.values()))
+    data = CalibrationArtifact(context.run.stage_folder("20-calibration"))
     folder = context.out / "pictures"
     folder.mkdir()
-    figures = {}
-    for name, pictures in CalibrationArtifact(context.run.stage_folder("20-calibration")).pictures().items():
-        if not name.endswith("-tile"):
-            continue
-        picture = pipe(pictures["low_resolution"], **sampling_arguments(recipe))
-        save_tensors({"simulator": picture}, folder / f"{name}.safetensors")
-        figures[name] = {"simulator_vs_fp32_psnr_db": psnr_db(pictures["fp32"], picture, data_range=1.0)}
-    return figures
+    # The longest come first, so that no process ends alone.
+    tasks: dict[tuple[str, ...], Task] = {}
+    for name in data.pictures():
+        if name.endswith(TILE):
+            tasks["pictures", name] = (simulate_picture, (first, name, folder / f"{name}.safetensors"))
+    for call in range(len(data.held_out("controlnet"))):
+        tasks["responses", str(call)] = (simulate_response, (first, call))
+    for soc, road in roads.items():
+        for graph in road.contexts:
+            target = context.out / simulated_path(graph, soc)
+            tasks["graphs", graph, soc] = (simulate_answers, (road, graph, target))
+    keys, found = list(tasks), dict[tuple[str, ...], Any]()
+    context.report.step(0, len(tasks), "simulate graphs and pictures")
+    for index, result in in_processes(list(tasks.values())):
+        found[keys[index]] = result
+        if len(found) < len(tasks):
+            context.report.step(len(found), len(tasks), f"simulated {' '.join(keys[index][1:])}")
+    return _arrange(keys, found)
 
 
-def _metrics(
-    recipe: Recipe, figures: dict[str, Any], pictures: dict[str, Any], contexts: list[Context]
-) -> dict[str, Any]:
+def _arrange(keys: list[tuple[str, ...]], found: dict[tuple[str, ...], Any]) -> dict[str, Any]:
+    """Results by kind, in the order in which they were asked for."""
+    graphs: defaultdict[str, dict[str, Any]] = defaultdict(dict)
+    pictures, responses = dict[str, Any](), defaultdict[str, list[dict[str, float]]](list)
+    for key in keys:
+        match key:
+            case ("graphs", graph, soc):
+                graphs[graph][soc] = found[key]
+            case ("pictures", name):
+                pictures[name] = found[key]
+            case _:
+                for kind, calls in found[key].items():
+                    responses[kind] += calls
+    return {"graphs": dict(graphs), "pictures": pictures, "responses": dict(responses)}
+
+
+def _deviation(ratio: float) -> float:
+    return math.inf if math.isnan(ratio) else abs(ratio - 1)
+
+
+def _metrics(recipe: Recipe, found: dict[str, Any], contexts: list[Context]) -> dict[str, Any]:
+    figures, pictures, responses = found["graphs"], found["pictures"], found["responses"]
     worst: dict[str, float] = {}
     missed = []
     for measure, gate in (
@@ -91,9 +110,18 @@ def _metrics(
                 worst[f"{graph}_{soc}_{measure}"] = scores[measure]
                 if not scores[measure] >= gate:
                     missed.append(f"{graph} on {soc}: {measure} {scores[measure]:.1f} dB, gate {gate:.1f}")
+    strength: dict[str, float] = {}
+    for kind, calls in responses.items():
+        ratios = [call["ratio"] for call in calls]
+        strength[f"{kind}_response_ratio"] = ratio = max(ratios, key=_deviation)
+        if _deviation(ratio) > recipe.gates.response_tolerance:
+            missed.append(
+                f"the answer to the {kind} is {ratio:.3f} times fp32's, gate 1 ± {recipe.gates.response_tolerance:g}"
+            )
     lowest = min(value for key, value in worst.items() if key.endswith("vs_fp32_db"))
     return {
         **worst,
+        **strength,
         **{f"{name}_simulator_vs_fp32_psnr_db": score["simulator_vs_fp32_psnr_db"] for name, score in pictures.items()},
         "cpu_nodes": sum(one.cpu_nodes for one in contexts),
         "missed_gates": missed,

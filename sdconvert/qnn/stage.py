@@ -18,7 +18,7 @@ class QnnStage:
 
     def settings(self, recipe: Recipe) -> dict[str, Any]:
         """See `Stage.settings`."""
-        gates = recipe.gates.model_dump(include={"simulator_vs_fp32_db", "simulator_vs_quantized_db"})
+        gates = recipe.gates.model_dump(exclude={"image_psnr_db"})
         return {"qnn": recipe.qnn.model_dump(mode="json"), "gates": gates}
 
     def inputs(self, recipe: Recipe) -> dict[str, Path]:

@@ -26,6 +26,7 @@ __all__ = [
 ]
 
 ADAROUND = "adaround.json"
+_WEIGHTS = "state_dict_mha.safetensors"
 
 
 @dataclass(frozen=True)
@@ -42,9 +43,13 @@ class QuantizeArtifact:
         """Bit-widths and symmetry that the ranges were taken with."""
         return QuantizerSettings.model_validate_json((self.folder / "settings.json").read_text(encoding="utf-8"))
 
+    def weight_bytes(self) -> dict[str, int]:
+        """Size of every graph's weights, in floating point."""
+        return {path.parent.name: path.stat().st_size for path in self.folder.glob(f"*/{_WEIGHTS}")}
+
     def load_weights(self, graph: str, adapter: ModelAdapter) -> None:
         """Put the stage's weights, which AdaRound may have rounded, into a model."""
-        adapter.model.load_state_dict(load_tensors(self.graph_folder(graph) / "state_dict_mha.safetensors"))
+        adapter.model.load_state_dict(load_tensors(self.graph_folder(graph) / _WEIGHTS))
 
     def layer_sqnr_db(self, graph: str) -> dict[str, float]:
         """SQNR of every stored tensor against fp32, by key in execution order."""

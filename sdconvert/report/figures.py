@@ -2,7 +2,7 @@
 
 import re
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,7 @@ def collect_figures(
     quantized = QuantizeArtifact(run.stage_folder("30-quantize"))
     accuracy = {graph: _accuracy(graph, manifests, qnn) for graph in graphs}
     measured = {name: measure_pictures(every) for name, every in pictures.items()}
-    gates = _gates(recipe.gates, accuracy, measured)
+    gates = _gates(recipe.gates, accuracy, measured, qnn.figures["responses"])
     missed = [text for manifest in manifests.values() for text in manifest.metrics.get("missed_gates", [])]
     return {
         "schema_version": 1,
@@ -109,9 +109,12 @@ def _accuracy(graph: str, manifests: Mapping[str, Manifest], qnn: QnnArtifact) -
 
 
 def _gates(
-    gates: GatesSection, accuracy: Mapping[str, Any], pictures: Mapping[str, Mapping[str, Any]]
+    gates: GatesSection,
+    accuracy: Mapping[str, Any],
+    pictures: Mapping[str, Mapping[str, Any]],
+    responses: Mapping[str, Sequence[Mapping[str, float]]],
 ) -> list[dict[str, Any]]:
-    """One entry per gate: its figure is the lowest of all that must reach it."""
+    """One entry per gate: its figure is the worst of all that must reach it."""
     values: dict[str, dict[str, float]] = {}
     for figure in ("simulator_vs_fp32_db", "simulator_vs_quantized_db"):
         values[figure] = {
@@ -120,18 +123,26 @@ def _gates(
             for soc, scores in row["simulator"].items()
         }
     values["image_psnr_db"] = {name: row["quantized"]["psnr_vs_fp32_db"] for name, row in pictures.items()}
-    return [
-        {
-            "gate": gate,
-            "wanted_db": (wanted := getattr(gates, gate)),
-            "checks": len(found),
-            # NaN is below everything here, and misses.
-            "lowest": (lowest := min(found, key=lambda where: (found[where] >= wanted, found[where]))),
-            "lowest_db": found[lowest],
-            "passed": found[lowest] >= wanted,
-        }
-        for gate, found in values.items()
-    ]
+    levels = [_gate(name, getattr(gates, name), "dB", found, lambda level: level) for name, found in values.items()]
+    ratios = {f"{kind}, call {n}": one["ratio"] for kind, calls in responses.items() for n, one in enumerate(calls, 1)}
+    return [*levels, _gate("response_tolerance", gates.response_tolerance, "ratio", ratios, lambda one: -abs(one - 1))]
+
+
+def _gate(
+    name: str, wanted: float, unit: str, found: Mapping[str, float], goodness: Callable[[float], float]
+) -> dict[str, Any]:
+    bound = wanted if unit == "dB" else -wanted
+    # NaN is worse than everything, and misses.
+    where = min(found, key=lambda one: (goodness(found[one]) >= bound, goodness(found[one])))
+    return {
+        "gate": name,
+        "unit": unit,
+        "wanted": wanted,
+        "checks": len(found),
+        "where": where,
+        "worst": found[where],
+        "passed": goodness(found[where]) >= bound,
+    }
 
 
 def _rounding(graphs: Iterable[str], metrics: Mapping[str, Any], quantized: QuantizeArtifact) -> dict[str, Any]:

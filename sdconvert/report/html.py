@@ -16,7 +16,7 @@ from sdconvert.report.pictures import LABELS
 from sdconvert.report.plot import plot_layers, plot_sizes
 
 _WORST = 10
-_FORMATS = {"dB": "{:.1f} dB", "s": "{:,.1f} s", "ssim": "{:.3f}"}
+_FORMATS = {"dB": "{:.1f} dB", "s": "{:,.1f} s", "ssim": "{:.3f}", "ratio": "{:.3f}"}
 
 
 def render_html(figures: Mapping[str, Any], pictures: Mapping[str, Mapping[str, Path]]) -> str:
@@ -50,7 +50,7 @@ def show_number(value: float | None, unit: str = "") -> Markup:
 
     Args:
         value: Infinite for the SQNR of equal tensors.
-        unit: `dB`, `s`, `bytes`, `ssim` (three digits), or nothing.
+        unit: `dB`, `s`, `bytes`, `ssim` and `ratio` (three digits), or nothing.
     """
     if value is None:
         return Markup("–")

@@ -17,6 +17,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from sdconvert.adapters import GraphSize, ModelAdapter, adapter_for
 from sdconvert.adapters.modeling_clip import CLIPTextModelAdapter
+from sdconvert.models.autoencoder_kl_encoder import AutoencoderKLEncoder
 
 # As in the config.json of Stable Diffusion 1.5, but for the widths (a 40th) and the sample (an eighth).
 SD15_UNET: dict[str, Any] = {
@@ -95,6 +96,8 @@ class Family:
     def call_model(self) -> list[Tensor]:
         """The tensors that the model itself answers with, without what the graph leaves out."""
         model: Any = self.adapter.model
+        if isinstance(model, AutoencoderKLEncoder):
+            return [model.encode(self.call["sample"], return_dict=False)[0].parameters]
         if isinstance(model, AutoencoderKL):
             return list(model.decode(self.call["latent_sample"], return_dict=False))
         answer = model(**self.call, return_dict=False)
@@ -173,6 +176,11 @@ def vae() -> Family:
     return family(build(AutoencoderKL, VAE), GraphSize(), latent_sample=torch.randn(1, 4, 8, 8))
 
 
+def vae_encoder() -> Family:
+    half = AutoencoderKLEncoder.of(perturbed(build(AutoencoderKL, VAE)))
+    return Family(adapter_for(half), {"sample": torch.rand(1, 3, 64, 64) * 2 - 1}, GraphSize())
+
+
 def clip(cls: type = CLIPTextModel, **config: Any) -> Family:
     model = build(lambda **options: cls(CLIPTextConfig(**options)), CLIP | config)
     ids = torch.randint(0, 900, (1, 77))
@@ -228,6 +236,7 @@ FAMILIES: dict[str, Callable[[], Family]] = {
     "controlnet": lambda: controlnet(CONTROLNET),
     "sdxl_controlnet": lambda: controlnet(SDXL_CONTROLNET, added_cond_kwargs=added_conditions()),
     "vae": vae,
+    "vae_encoder": vae_encoder,
     "clip": clip,
     "clip_openai_activation": lambda: clip(hidden_act="gelu"),
     "sdxl_clip": lambda: sdxl_clip(second=False),

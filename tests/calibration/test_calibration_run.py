@@ -129,11 +129,12 @@ def test_d8_d9_calibration_keeps_what_one_call_per_picture_gives(
             seen[component].append({"place": place, "inputs": packed})
 
     crops = calibration_crops(RECIPE, RECIPE.pipeline.latent_tile * pipe.vae_scale_factor)
-    for crop in crops.values():
-        pipe(degrade(crop, RECIPE.pipeline.seed), **sampling_arguments(RECIPE), observer=Recorder())
+    for crop, prompt in zip(crops.values(), RECIPE.calibration.prompts, strict=False):
+        request = sampling_arguments(RECIPE) | {"prompt": prompt}
+        pipe(degrade(crop, RECIPE.pipeline.seed), **request, observer=Recorder())
     for graph, expected in seen.items():
         samples = list(found.calibration(graph).samples())
-        assert len(samples) == len(expected) == (2 if graph == "vae_decoder" else 2 * 2)
+        assert len(samples) == len(expected) == (2 if graph.startswith("vae_") else 2 * 2)
         for (info, inputs), call in zip(samples, expected, strict=True):
             assert {"step": info.step, "side": info.side, "tile": info.tile} == call["place"]
             assert list(inputs) == list(call["inputs"])
@@ -151,7 +152,7 @@ def test_d8_text_encoder_and_vae_run_once_per_sample_and_are_dropped_before_the_
     calls = Calls(monkeypatch)
     calibrate()
     assert calls.counts["text_encoder"] == 2 * SAMPLES  # both sides of guidance
-    assert calls.counts["vae.encoder"] == SAMPLES
+    assert calls.counts["vae.encoder"] == SAMPLES - 1 + 4  # the held-out crop has four tiles
     assert calls.in_memory == {
         "text_encoder": {frozenset({"text_encoder"})},
         "vae.encoder": {frozenset({"vae"})},

@@ -33,7 +33,7 @@ def test_d13_the_graph_comes_from_the_declarations(call: Call) -> None:
     found = json.loads(out)
     assert code == 0
     assert found["pipeline"] == "PASDPipeline"
-    assert found["models"] == ["text_encoder", "vae", "unet", "controlnet", "vae_decoder"]
+    assert found["models"] == ["text_encoder", "vae_encoder", "unet", "controlnet", "vae_decoder"]
     by_name = {unit["unit"]: unit for unit in found["units"]}
     assert [name for name, unit in by_name.items() if not unit["ahead"]] == ["DenoisingLoop", "Decoder", "ColorFix"]
     prompt = by_name["PromptEmbedder"]

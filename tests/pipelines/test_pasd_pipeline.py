@@ -21,6 +21,7 @@ from sdconvert.pipelines.color import wavelet_color_fix
 from sdconvert.pipelines.pasd import PASDPipeline
 
 SETTINGS: dict[str, Any] = {"prompt": "a cat", "num_inference_steps": 3}
+NETWORKS = ("unet", "controlnet", "vae_encoder", "vae_decoder")
 
 
 class Recorder:
@@ -140,7 +141,8 @@ def test_guidance_is_the_negative_plus_scale_times_the_difference(pipe: PASDPipe
 
 def test_backends_are_swapped_by_attribute_and_called_as_documented(pipe: PASDPipeline, image: Tensor) -> None:
     expected = pipe(image, **SETTINGS, guidance_scale=2.0, latent_tile=8, conditioning_scale=0.7)
-    pipe.unet, pipe.controlnet, pipe.vae_decoder = map(Recorder, (pipe.unet, pipe.controlnet, pipe.vae_decoder))
+    for name in NETWORKS:
+        setattr(pipe, name, Recorder(getattr(pipe, name)))
     result = pipe(image, **SETTINGS, guidance_scale=2.0, latent_tile=8, conditioning_scale=0.7)
     assert torch.equal(result, expected)
     assert len(pipe.unet.calls) == len(pipe.controlnet.calls) == 3 * 2 * 2  # steps, sides, tiles
@@ -158,14 +160,16 @@ def test_backends_are_swapped_by_attribute_and_called_as_documented(pipe: PASDPi
         assert keywords.pop("encoder_hidden_states").shape == (1, 16, 32)
         assert keywords == {"return_dict": False}
     assert [latents.shape for (latents,), _ in pipe.vae_decoder.calls] == [(1, 4, 8, 8)] * 2
+    assert [sample.shape for (sample,), _ in pipe.vae_encoder.calls] == [(1, 3, 32, 32)] * 2
 
 
 def test_the_observer_sees_exactly_what_every_call_gets(pipe: PASDPipeline, image: Tensor) -> None:
-    pipe.unet, pipe.controlnet, pipe.vae_decoder = map(Recorder, (pipe.unet, pipe.controlnet, pipe.vae_decoder))
+    for name in NETWORKS:
+        setattr(pipe, name, Recorder(getattr(pipe, name)))
     witness = Witness()
     result = pipe(image, **SETTINGS, guidance_scale=2.0, latent_tile=8, observer=witness)
     assert torch.equal(result, pipe(image, **SETTINGS, guidance_scale=2.0, latent_tile=8))
-    for name in ("unet", "controlnet", "vae_decoder"):
+    for name in NETWORKS:
         seen = [inputs for component, inputs, _ in witness.seen if component == name]
         for inputs, (args, keywords) in zip(seen, getattr(pipe, name).calls, strict=False):
             given = [*args, *(value for key, value in keywords.items() if key != "return_dict")]
@@ -173,10 +177,9 @@ def test_the_observer_sees_exactly_what_every_call_gets(pipe: PASDPipeline, imag
             assert all(value is other for value, other in zip(inputs.values(), given, strict=True))
     where = [place for component, _, place in witness.seen if component == "unet"]
     assert where == [(step, side, tile) for step in range(3) for side in ("positive", "negative") for tile in (0, 1)]
-    assert [place for component, _, place in witness.seen if component == "vae_decoder"] == [
-        (3, "positive", 0),
-        (3, "positive", 1),
-    ]
+    for name, step in (("vae_encoder", 0), ("vae_decoder", 3)):
+        tiles = [place for component, _, place in witness.seen if component == name]
+        assert tiles == [(step, "positive", 0), (step, "positive", 1)]
 
 
 def test_with_local_networks_tiles_give_what_the_whole_picture_gives(pipe: PASDPipeline, image: Tensor) -> None:
@@ -188,6 +191,7 @@ def test_with_local_networks_tiles_give_what_the_whole_picture_gives(pipe: PASDP
         return (sample.sin() + down - mid,)
 
     pipe.controlnet, pipe.unet = controlnet, unet
+    pipe.vae_encoder = lambda sample: functional.avg_pool2d(sample, 4).mean(1, keepdim=True).expand(-1, 8, -1, -1)
     pipe.vae_decoder = lambda latents: functional.interpolate(latents[:, :3], scale_factor=4).tanh()
     whole = pipe(image, **SETTINGS)
     for tile, overlap in ((8, None), (5, 3), (4, 0)):
@@ -208,7 +212,7 @@ def test_the_colour_fix_is_pasds_on_the_result(pipe: PASDPipeline, image: Tensor
     torch.testing.assert_close(fixed, wavelet_color_fix(plain[None], upsampled)[0])
 
 
-@pytest.mark.parametrize("name", ["controlnet", "unet", "vae", "vae_decoder", "text_encoder"])
+@pytest.mark.parametrize("name", ["controlnet", "unet", "vae_encoder", "vae_decoder", "text_encoder"])
 def test_d5_a_missing_model_is_found_before_anything_is_computed(pipe: PASDPipeline, image: Tensor, name: str) -> None:
     recorders = {other: Recorder(getattr(pipe, other)) for other in ("text_encoder", "unet", "vae_decoder")}
     for other, recorder in recorders.items():
@@ -229,8 +233,8 @@ def test_only_the_named_models_are_brought_to_the_device(pasd_folder: Path) -> N
 
 
 def test_an_unknown_model_name_is_an_error_with_the_nearest(pipe: PASDPipeline) -> None:
-    with pytest.raises(MissingModelError, match=r"no model 'vae_encoder'.*\n.*'vae_decoder'"):
-        pipe.load_models_to_device(["vae_encoder"])
+    with pytest.raises(MissingModelError, match=r"no model 'vae_decode'.*\n.*'vae_decoder'"):
+        pipe.load_models_to_device(["vae_decode"])
 
 
 @pytest.mark.parametrize(

@@ -142,7 +142,8 @@ def start(pipe: PASDPipeline, no_grad: None) -> Start:
         picture = 2 * torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0)) - 1
         posterior, *noises = torch.randn(3, 1, 4, 8, 8, generator=torch.Generator().manual_seed(1))
         added = {} if level is None else {"added_noise": noises[1], "added_noise_level": level}
-        found = LatentsInitializer().process(pipe, picture, posterior, noises[0], scheduler, **added)["latents"]
+        shape = pipe.sampling_shape(32, 32, upscale=1)
+        found = LatentsInitializer().process(pipe, picture, shape, posterior, noises[0], scheduler, **added)["latents"]
         encoded = pipe.vae.encode(picture).latent_dist
         return (encoded.mean + encoded.std * posterior) * pipe.scaling_factor, torch.stack(noises), found
 

@@ -196,8 +196,8 @@ def test_d6_an_unknown_name_is_an_error(residency: ModelResidency, managed: PASD
     ) as error:
         residency.load(["vea"])
     assert error.value.hint == "did you mean 'vae'?"
-    with pytest.raises(MissingModelError, match="no model 'vae_encoder'"):
-        managed.load_models_to_device(("vae_encoder",))
+    with pytest.raises(MissingModelError, match="no model 'vae_encode'"):
+        managed.load_models_to_device(("vae_encode",))
 
 
 def test_a_failed_load_moves_nothing(residency: ModelResidency, layers: dict[str, Layer]) -> None:

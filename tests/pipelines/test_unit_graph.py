@@ -41,12 +41,12 @@ def names(units: tuple[PipelineUnit, ...]) -> list[str]:
             ["PromptEmbedder", "DenoisingLoop", "Decoder", "ColorFix"],
         ),
         (
-            ["vae"],
+            ["vae_encoder"],
             [*PICTURE, "PromptEmbedder", *NOISE],
             ["LatentsInitializer", "DenoisingLoop", "Decoder", "ColorFix"],
         ),
         (
-            ["text_encoder", "vae"],
+            ["text_encoder", "vae_encoder"],
             [*PICTURE, *NOISE],
             ["PromptEmbedder", "LatentsInitializer", "DenoisingLoop", "Decoder", "ColorFix"],
         ),
@@ -84,10 +84,11 @@ def test_d8_what_runs_ahead_leaves_the_unet_its_inputs_bit_for_bit(
     shared, posi, nega = pipe.inputs(image, **settings)
     prepared = pipe.run_units(first, {**shared, "observer": Recorder(1)}, posi, nega)
     pipe.unet, pipe.controlnet, pipe.vae_decoder = unet, controlnet, vae_decoder
-    pipe.text_encoder = pipe.tokenizer = pipe.vae = None
+    pipe.text_encoder = pipe.tokenizer = pipe.vae_encoder = None
     shared, *_ = pipe.run_units(second, *prepared)
     assert torch.equal(shared["output_image"][0], picture)
-    assert len(seen[0]) == len(seen[1]) == 2 * 2 * 2 * 2 + 2  # steps, sides, tiles, models; and the decoder's tiles
+    # Both sides of the text, steps x sides x tiles x models, and the tiles of encoder and decoder.
+    assert len(seen[0]) == len(seen[1]) == 2 + 2 * 2 * 2 * 2 + 2 + 2
     for (component, inputs, place), (other, others, elsewhere) in zip(*seen, strict=True):
         assert (component, place, list(inputs)) == (other, elsewhere, list(others))
         for value, twin in zip(flat(inputs), flat(others), strict=True):

@@ -88,7 +88,7 @@ def test_figures_are_those_of_the_stages(report: Report, finished: RunFolder) ->
     assert figures["stages"]["60-qnn"]["seconds"] == 12.345
     assert figures["versions"] == {"torch": "2.7.0, 2.6.0"}
     assert {row["name"]: row["author"] for row in figures["photographs"]}["china"].endswith("; CC BY 2.0")
-    assert report.metrics == {"report": "80-report/report.html", "note": "3 of 3 gates passed"}
+    assert report.metrics == {"report": "80-report/report.html", "note": "4 of 4 gates passed"}
 
 
 def test_d12_sizes_and_warnings_of_the_calibration_stand_in_the_page(report: Report) -> None:
@@ -139,14 +139,32 @@ def test_a_gate_that_is_missed_shows_where(finished: RunFolder, tmp_path: Path) 
     assert figures["verdict"] == {"passed": False, "missed": []}
     assert figures["gates"][0] == {
         "gate": "simulator_vs_fp32_db",
-        "wanted_db": 36.5,
+        "unit": "dB",
+        "wanted": 36.5,
         "checks": 4,
-        "lowest": "unet on SM8650",
-        "lowest_db": 36.1,
+        "where": "unet on SM8650",
+        "worst": 36.1,
         "passed": False,
     }
     assert "✗ gates missed" in report.page.text
-    assert report.metrics["note"] == "2 of 3 gates passed"
+    assert report.metrics["note"] == "3 of 4 gates passed"
+
+
+def test_a_weak_answer_to_the_prompt_misses_its_gate(finished: RunFolder) -> None:
+    recipe = RECIPE.model_copy(update={"gates": GatesSection(response_tolerance=0.015)})
+    report = make_report(copy_run(finished, finished.root.parent / "weak"), recipe)
+    gate = report.artifact.figures()["gates"][3]
+    assert gate == {
+        "gate": "response_tolerance",
+        "unit": "ratio",
+        "wanted": 0.015,
+        "checks": 3,
+        "where": "control, call 1",
+        "worst": 1.02,
+        "passed": False,
+    }
+    assert "1 ± 0.015" in report.page.text
+    assert "1.020" in report.page.text
 
 
 def test_a_picture_that_is_not_a_number_misses_its_gate(finished: RunFolder, tmp_path: Path) -> None:
@@ -154,8 +172,8 @@ def test_a_picture_that_is_not_a_number_misses_its_gate(finished: RunFolder, tmp
     path = run.stage_folder("30-quantize") / "pictures" / "china.safetensors"
     save_tensors({"quantized": load_tensors(path)["quantized"] * math.nan}, path)
     gates = make_report(run).artifact.figures()["gates"]
-    assert [gate["passed"] for gate in gates] == [True, True, False]
-    assert (gates[2]["lowest"], math.isnan(gates[2]["lowest_db"])) == ("china", True)
+    assert [gate["passed"] for gate in gates] == [True, True, False, True]
+    assert (gates[2]["where"], math.isnan(gates[2]["worst"])) == ("china", True)
 
 
 def remove_pictures(run: RunFolder) -> None:

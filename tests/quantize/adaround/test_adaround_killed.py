@@ -42,7 +42,7 @@ def files(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-@pytest.mark.parametrize(("kills", "samples"), [(2, 64), pytest.param(20, 64, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("kills", "samples"), [(2, 16), pytest.param(20, 64, marks=pytest.mark.slow)])
 def test_killed_at_random_moments(tmp_path: Path, pytestconfig: pytest.Config, kills: int, samples: int) -> None:
     start = time.monotonic()
     whole = run(samples, tmp_path / "whole")

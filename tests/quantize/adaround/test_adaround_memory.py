@@ -27,14 +27,11 @@ def measure(budget: int, count: int, folder: Path, root: Path, shapes: str = "sm
     return report
 
 
-def test_more_samples_take_no_more_memory(tmp_path: Path, pytestconfig: pytest.Config) -> None:
-    few, many = (measure(48 * MIB, count, tmp_path, pytestconfig.rootpath) for count in (8, 64))
-    assert many["peak"] < 1.05 * few["peak"]
-
-
-@pytest.mark.slow
-def test_nor_do_many_more(tmp_path: Path, pytestconfig: pytest.Config) -> None:
-    few, many = (measure(48 * MIB, count, tmp_path, pytestconfig.rootpath) for count in (8, 512))
+@pytest.mark.parametrize(
+    "more", [24, pytest.param(64, marks=pytest.mark.slow), pytest.param(512, marks=pytest.mark.slow)]
+)
+def test_more_samples_take_no_more_memory(tmp_path: Path, pytestconfig: pytest.Config, more: int) -> None:
+    few, many = (measure(48 * MIB, count, tmp_path, pytestconfig.rootpath) for count in (8, more))
     assert many["peak"] < 1.05 * few["peak"]
 
 

@@ -1,0 +1,65 @@
+"""Tasks in processes of their own, as many at a time as there are cores and memory for."""
+
+import os
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+Task = tuple[Callable[..., Any], tuple[Any, ...]]
+
+
+def in_threads(tasks: Sequence[Task], jobs: int) -> Iterator[tuple[int, Any]]:
+    """Run tasks that wait for processes of their own; yield number and result of each as it ends."""
+    with _ending(ThreadPoolExecutor(jobs)) as pool:
+        yield from _results(pool, tasks)
+
+
+def in_processes(tasks: Sequence[Task], jobs: int | None = None) -> Iterator[tuple[int, Any]]:
+    """Run each task in a process with one thread; yield number and result of each as it ends.
+
+    Args:
+        tasks: Functions with their arguments; these and the results must be picklable.
+        jobs: How many at a time; one per core if not given.
+    """
+    jobs = jobs or _cores()
+    with _ending(ProcessPoolExecutor(jobs, get_context("spawn"), _begin, max_tasks_per_child=1)) as pool:
+        yield from _results(pool, tasks)
+
+
+def _results(pool: Executor, tasks: Sequence[Task]) -> Iterator[tuple[int, Any]]:
+    waiting = {pool.submit(function, *arguments): index for index, (function, arguments) in enumerate(tasks)}
+    for future in as_completed(waiting):
+        yield waiting[future], future.result()
+
+
+@contextmanager
+def _ending(pool: Executor) -> Iterator[Executor]:
+    """On a failure, or Ctrl-C, tasks that have not begun never do."""
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _begin() -> None:
+    os.environ["OMP_NUM_THREADS"] = "1"  # read when torch is imported, which is later
+    # Ctrl-C reaches the children too; the parent tells of it.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def jobs_for(largest_bytes: int) -> int:
+    """How many tasks that take so much memory each may run at once: one per core, as far as the free memory reaches."""
+    return max(1, min(_cores(), _available_bytes() // max(1, largest_bytes)))
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0))
+
+
+def _available_bytes() -> int:
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))

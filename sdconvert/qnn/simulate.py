@@ -1,0 +1,87 @@
+"""What compiled graphs answer in the HTP simulator: to held-out inputs, as pictures, to prompt and control image.
+
+Each function is a task of its own process: the simulator computes on one core, and keeps its memory until it ends.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sdconvert.adapters import Tensors
+from sdconvert.artifacts import RunFolder
+from sdconvert.calibration.artifact import CalibrationArtifact
+from sdconvert.checkpoint.artifact import CheckpointArtifact
+from sdconvert.config import Recipe
+from sdconvert.export.artifact import ExportArtifact
+from sdconvert.io.tensors import flatten, save_tensors
+from sdconvert.metrics import psnr_db, worst_sqnr_db
+from sdconvert.pipelines.backend import graph_adapters, swap_backends
+from sdconvert.pipelines.prompt_units import tokenize
+from sdconvert.pipelines.response import compare_responses, noise_differences
+from sdconvert.pipelines.sampling import sampling_arguments
+from sdconvert.qnn.simulator import Simulator
+
+
+@dataclass(frozen=True)
+class Road:
+    """What a task needs to know of the run that it belongs to."""
+
+    recipe: Recipe
+    run: RunFolder
+    contexts: Mapping[str, Path]
+    """EPContext model of every graph, all for one SoC."""
+
+    def data(self) -> CalibrationArtifact:
+        """What calibration left."""
+        return CalibrationArtifact(self.run.stage_folder("20-calibration"))
+
+    def pipeline(self) -> Any:
+        """The checkpoint in fp32."""
+        return CheckpointArtifact(self.run.stage_folder("10-checkpoint")).pipeline()
+
+    def simulators(self, *graphs: str) -> dict[str, Simulator]:
+        """The named graphs in the simulator; all if none is named."""
+        return {graph: Simulator(self.contexts[graph]) for graph in graphs or self.contexts}
+
+
+def simulate_answers(road: Road, graph: str, target: Path) -> dict[str, Any]:
+    """Run a graph on its held-out inputs, keep what it answers, and compare that with fp32 and the quantized model."""
+    (simulator,) = road.simulators(graph).values()
+    answers = ExportArtifact(road.run.stage_folder("50-export")).answers(graph)
+    simulated = [simulator(inputs) for inputs, *_ in answers]
+    save_tensors(flatten(simulated), target)
+    return _score(simulated, answers)
+
+
+def simulate_picture(road: Road, name: str, target: Path) -> dict[str, float]:
+    """Sample a held-out tile with every graph in the simulator, its own errors fed back, and keep the picture."""
+    pipe, pictures = road.pipeline(), road.data().pictures()[name]
+    swap_backends(pipe, graph_adapters(pipe, road.recipe.pipeline.conditioning_scale), road.simulators())
+    picture = pipe(pictures["low_resolution"], **sampling_arguments(road.recipe))
+    save_tensors({"simulator": picture}, target)
+    return {"simulator_vs_fp32_psnr_db": psnr_db(pictures["fp32"], picture, data_range=1.0)}
+
+
+def simulate_response(road: Road, call: int) -> dict[str, list[dict[str, float]]]:
+    """How strongly the noise answers to prompt and control image at one held-out input; see `compare_responses`."""
+    pipe, data = road.pipeline(), road.data()
+    text = data.held_out("text_encoder")[0]["input_ids"]
+    no_text = tokenize(pipe.tokenizer, "", text.shape[1]).input_ids.to(text.dtype)
+    calls = data.held_out("controlnet")[call : call + 1]
+    fp32 = {
+        name: adapter.run for name, adapter in graph_adapters(pipe, road.recipe.pipeline.conditioning_scale).items()
+    }
+    simulators = road.simulators("text_encoder", "controlnet", "unet")
+    differences = (noise_differences(runners, calls, text, no_text) for runners in (fp32, simulators))
+    return compare_responses(*differences)
+
+
+def _score(results: list[Tensors], answers: list[tuple[Tensors, Tensors, Tensors]]) -> dict[str, Any]:
+    """Compare the simulator with fp32 and with the quantized torch model: the worst output of the worst input."""
+    _, fp32, quantized = zip(*answers, strict=True)
+    return {
+        "simulator_vs_fp32_db": min(map(worst_sqnr_db, fp32, results)),
+        "simulator_vs_quantized_db": min(map(worst_sqnr_db, quantized, results)),
+        "samples": len(results),
+    }
