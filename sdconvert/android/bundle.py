@@ -3,7 +3,7 @@
     manifest.json                               what is here (manifest.py)
     sums.txt                                    `sha256sum -c` format, checked on the device
     models/<soc>/<graph>_qnn.bin, .ctx.onnx     contexts, and EPContext models for ONNX Runtime
-    inputs/<id>/<tensor>.raw                    float32, little endian, NCHW
+    inputs/<id>/<tensor>.raw                    float32, or int32 for token ids; little endian, NCHW
     input_list_<graph>.txt                      qnn-net-run's format, one line per sample
     expected/<id>/<tensor>.fp32.raw             what the fp32 model answers
     expected/<id>/<tensor>.sim.<soc>.raw        what the context for that SoC answers in the simulator
@@ -15,8 +15,9 @@ import shutil
 import tarfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import torch
 
 from sdconvert.android.artifact import tar_path
@@ -117,12 +118,13 @@ class _Writer:
     ) -> None:
         found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         wanted = {spec.name: spec.shape for spec in specs}
+        dtypes = {spec.name: np.dtype(spec.dtype).newbyteorder("<") for spec in specs}
         if found != wanted:
             raise UsageError(f"tensors {found} of `{base}` do not fit the graph", hint=f"it has {wanted}")
         for name, tensor in tensors.items():
             if not tensor.isfinite().all():
                 raise UsageError(f"tensor `{name}` of `{base}` is not finite", hint="NaN or infinity tests nothing")
-            values = tensor.detach().cpu().contiguous().numpy().astype("<f4")
+            values = tensor.detach().cpu().contiguous().numpy().astype(dtypes[name])
             values.tofile(self._new(f"{base}/{name}.{suffix}", role))
 
     def add_input_list(self, graph: str, inputs: Sequence[TensorSpec], ids: Sequence[str]) -> None:
@@ -145,7 +147,11 @@ class _Writer:
 
 
 def _tensor_records(specs: Sequence[TensorSpec]) -> tuple[TensorRecord, ...]:
-    return tuple(TensorRecord(name=spec.name, dtype="float32", shape=spec.shape) for spec in specs)
+    return tuple(TensorRecord(name=spec.name, dtype=_dtype(spec), shape=spec.shape) for spec in specs)
+
+
+def _dtype(spec: TensorSpec) -> Literal["float32", "int32"]:
+    return "int32" if spec.dtype == "int32" else "float32"
 
 
 def _soc_record(context: Context) -> SocRecord:

@@ -11,10 +11,12 @@ from sdconvert.android.manifest import NAME, SAMPLE_ID
 from sdconvert.errors import UsageError
 from sdconvert.qnn.artifact import Context
 
+_DTYPES = ("float32", "int32")
+
 
 @dataclass(frozen=True)
 class Sample:
-    """One test input of one graph and the answers to it; tensors by the graph's names, float32 NCHW."""
+    """One test input of one graph and the answers to it; tensors by the graph's names, float32 NCHW or int32 ids."""
 
     id: str
     graph: str
@@ -45,9 +47,11 @@ def check_contexts(contexts: Sequence[Context]) -> None:
     for context in contexts:
         tensors = (*context.inputs, *context.outputs)
         _check_names((context.graph, *(spec.name for spec in tensors)), context.graph)
-        other = {spec.name: spec.dtype for spec in tensors if spec.dtype != "float32"}
+        other = {spec.name: spec.dtype for spec in tensors if spec.dtype not in _DTYPES}
         if other:
-            raise UsageError(f"graph `{context.graph}` has tensors {other}", hint="a bundle's tensors are float32")
+            raise UsageError(
+                f"graph `{context.graph}` has tensors {other}", hint=f"a bundle's tensors are {' or '.join(_DTYPES)}"
+            )
 
 
 def check_samples(samples: Sequence[Sample], contexts: Sequence[Context]) -> None:

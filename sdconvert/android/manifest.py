@@ -30,10 +30,10 @@ class SocRecord(_Record):
 
 
 class TensorRecord(_Record):
-    """One graph input or output: raw float32, little endian, NCHW."""
+    """One graph input or output: raw float32, or int32 for token ids, little endian, NCHW."""
 
     name: Name
-    dtype: Literal["float32"]
+    dtype: Literal["float32", "int32"]
     shape: tuple[int, ...]
 
 

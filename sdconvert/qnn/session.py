@@ -57,7 +57,7 @@ def context_session(ctx_onnx: Path) -> Any:
     from onnxruntime.capi.onnxruntime_pybind11_state import InvalidGraph
 
     try:
-        with _native_stdout_on_stderr():
+        with _native_stdout_nowhere():
             return _session(ctx_onnx, {}, {}, severity=_FATAL_ONLY)
     except InvalidGraph as error:
         message = f"the context of `{ctx_onnx}` cannot be loaded: {error}"
@@ -80,11 +80,14 @@ def _session(model: Path, entries: dict[str, str], provider: dict[str, str], sev
 
 
 @contextmanager
-def _native_stdout_on_stderr() -> Iterator[None]:
-    # QNN's libraries write to file descriptor 1 while they load, and our stdout is data.
+def _native_stdout_nowhere() -> Iterator[None]:
+    # QNN's libraries write to file descriptor 1 while they load, the same line in every process; errors come as
+    # exceptions, and our stdout is data.
     sys.stdout.flush()
     saved = os.dup(1)
-    os.dup2(2, 1)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    os.close(nowhere)
     try:
         yield
     finally:
