@@ -1,12 +1,13 @@
 """AdaRound of PASD's UNet at the size of Stable Diffusion 1.5: does the budget hold, and how long does it take.
 
 python benchmarks/adaround_fullsize.py [--samples 1] [--budget-mib 1024] [--threads 2] [--layers up_blocks.]
-    [--weights FOLDER]
+    [--weights FOLDER] [--scratch FOLDER]
 
 Latents of 64x64, weights of `scripts/make_fullsize.py` (4.4 GB, written to a temporary folder unless there is one).
 The whole UNet is the graph, and the layers whose names begin with `--layers` are rounded to 4 bits per channel. Weights
 are mapped from their file: what the system counts as the process's own (`RssAnon`) is all the rest, and another
-process watches it. Time grows by one constant per sample; solving does not depend on their number.
+process watches it. Time grows by one constant per sample; solving does not depend on their number. With `--scratch` a
+run that was stopped goes on behind the groups that it had finished; its time is then that of the rest.
 """
 
 import argparse
@@ -106,6 +107,7 @@ def one(folder: Path, scratch: Path, samples: int, budget_mib: int, layers: str)
         "cpu_s": time.process_time() - cpu,
         "parts": dict(result.cpu_seconds),
         "forwards": result.forwards,
+        "resumed": result.resumed,
         "sqnr_db": result.output_sqnr_db,
         "fell_back": sum(figures.fell_back for figures in result.figures.values()),
     }
@@ -142,6 +144,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--weights", type=Path, help="folder of scripts/make_fullsize.py with its unet/")
     parser.add_argument("--layers", default="up_blocks.", help="names of the weights begin so (default: up_blocks.)")
+    parser.add_argument("--scratch", type=Path, help="folder that keeps finished groups")
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
@@ -160,7 +163,7 @@ def main() -> None:
             subprocess.run([sys.executable, str(script), str(folder), "--graph", "unet"], check=True)
         numbers = ("--samples", given.samples, "--budget-mib", given.budget_mib, "--threads", given.threads)
         command = [sys.executable, __file__, *map(str, numbers), "--layers", given.layers, "--one"]
-        found, most = watch([*command, str(folder / "unet"), str(Path(temporary) / "scratch")])
+        found, most = watch([*command, str(folder / "unet"), str(given.scratch or Path(temporary) / "scratch")])
     print(found["plan"])
     print(
         f"memory: budget {given.budget_mib} MiB, taken {most - found['before_mib']:.0f} MiB; before it began "
@@ -169,7 +172,7 @@ def main() -> None:
     print(f"time: {found['cpu_s']:.0f} CPU s, {found['wall_s']:.0f} s; CPU s by part: ", end="")
     print(", ".join(f"{name} {seconds:.0f}" for name, seconds in found["parts"].items()))
     print(
-        f"{found['layers']} layers, {found['rounded'] / 1e6:.0f} of {found['parameters'] / 1e6:.0f} million parameters"
+        f"{found['resumed']} groups were there; {found['layers']} layers, {found['rounded'] / 1e6:.0f} of {found['parameters'] / 1e6:.0f} million parameters"
         f", {found['forwards']:.1f} forwards, {found['fell_back']} layers as nearest, "
         f"output SQNR {found['sqnr_db']:.2f} dB, load at the end {os.getloadavg()[0]:.1f}"
     )
