@@ -172,7 +172,8 @@ def main() -> None:
     print(f"time: {found['cpu_s']:.0f} CPU s, {found['wall_s']:.0f} s; CPU s by part: ", end="")
     print(", ".join(f"{name} {seconds:.0f}" for name, seconds in found["parts"].items()))
     print(
-        f"{found['resumed']} groups were there; {found['layers']} layers, {found['rounded'] / 1e6:.0f} of {found['parameters'] / 1e6:.0f} million parameters"
+        f"{found['resumed']} groups were there; {found['layers']} layers, "
+        f"{found['rounded'] / 1e6:.0f} of {found['parameters'] / 1e6:.0f} million parameters"
         f", {found['forwards']:.1f} forwards, {found['fell_back']} layers as nearest, "
         f"output SQNR {found['sqnr_db']:.2f} dB, load at the end {os.getloadavg()[0]:.1f}"
     )
