@@ -3,17 +3,23 @@
 import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from concurrent.futures import BrokenExecutor, Executor, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+from sdconvert.errors import EnvironmentProblem
+
 Task = tuple[Callable[..., Any], tuple[Any, ...]]
 
 
 def in_threads(tasks: Sequence[Task], jobs: int) -> Iterator[tuple[int, Any]]:
-    """Run tasks that wait for processes of their own; yield number and result of each as it ends."""
+    """Run tasks that wait for processes of their own; yield number and result of each as it ends.
+
+    Raises:
+        SdconvertError: As the first task that fails.
+    """
     with _ending(ThreadPoolExecutor(jobs)) as pool:
         yield from _results(pool, tasks)
 
@@ -24,6 +30,10 @@ def in_processes(tasks: Sequence[Task], jobs: int | None = None) -> Iterator[tup
     Args:
         tasks: Functions with their arguments; these and the results must be picklable.
         jobs: How many at a time; one per core if not given.
+
+    Raises:
+        EnvironmentProblem: A process was killed.
+        SdconvertError: As the first task that fails.
     """
     jobs = jobs or _cores()
     with _ending(ProcessPoolExecutor(jobs, get_context("spawn"), _begin, max_tasks_per_child=1)) as pool:
@@ -33,7 +43,15 @@ def in_processes(tasks: Sequence[Task], jobs: int | None = None) -> Iterator[tup
 def _results(pool: Executor, tasks: Sequence[Task]) -> Iterator[tuple[int, Any]]:
     waiting = {pool.submit(function, *arguments): index for index, (function, arguments) in enumerate(tasks)}
     for future in as_completed(waiting):
-        yield waiting[future], future.result()
+        try:
+            result = future.result()
+        except BrokenExecutor as error:
+            function, _ = tasks[waiting[future]]
+            raise EnvironmentProblem(
+                f"a process was killed while `{function.__name__}` or a task beside it ran",
+                hint="most of the time that is the system, out of memory: close other programs; finished stages stay",
+            ) from error
+        yield waiting[future], result
 
 
 @contextmanager

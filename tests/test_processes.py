@@ -1,12 +1,13 @@
 """Tasks in processes: every result comes with its number, and a failure is told as it is."""
 
 import os
+import signal
 import time
 from pathlib import Path
 
 import pytest
 
-from sdconvert.errors import CompileError
+from sdconvert.errors import CompileError, EnvironmentProblem
 from sdconvert.processes import in_processes, in_threads, jobs_for
 
 
@@ -22,6 +23,10 @@ def where() -> tuple[int, int]:
 
 def refuse(name: str) -> None:
     raise CompileError(f"`{name}` is refused", hint="compile another")
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def write_late(path: Path) -> None:
@@ -46,6 +51,12 @@ def test_an_error_keeps_class_text_and_hint_and_what_has_not_begun_never_does(tm
         list(in_processes(tasks))
     assert error.value.hint == "compile another"
     assert len(list(tmp_path.iterdir())) < 6
+
+
+def test_a_killed_process_is_told_as_such() -> None:
+    with pytest.raises(EnvironmentProblem, match="a process was killed while `die`") as error:
+        list(in_processes([(die, ())]))
+    assert "out of memory" in error.value.hint
 
 
 def test_as_many_at_a_time_as_memory_allows() -> None:

@@ -72,6 +72,12 @@ def test_the_quantized_pictures_are_the_fp32_pictures(road: dict[str, Any]) -> N
         assert road["30-quantize"][f"{picture}_quantized_vs_fp32_psnr_db"] >= 38
 
 
+@pytest.mark.parametrize("kind", ["text", "control"])
+def test_the_noise_answers_to_prompt_and_control_image_as_in_fp32(road: dict[str, Any], kind: str) -> None:
+    tolerance = load_recipe("pasd_tiny").gates.response_tolerance
+    assert abs(road["60-qnn"][f"{kind}_response_ratio"] - 1) <= tolerance <= 0.05
+
+
 def test_no_node_is_left_on_the_cpu(road: dict[str, Any]) -> None:
     assert road["60-qnn"]["cpu_nodes"] == 0
 

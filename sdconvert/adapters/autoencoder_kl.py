@@ -16,7 +16,7 @@ from sdconvert.adapters.base import (
 from sdconvert.adapters.capabilities import AdapterCapabilities
 from sdconvert.adapters.spec import GraphSize, IOSpec, Tensors, TensorSpec, numbered
 from sdconvert.errors import UsageError
-from sdconvert.models.autoencoder_kl_encoder import AutoencoderKLEncoder
+from sdconvert.models.autoencoder_kl import AutoencoderKLEncoder
 
 
 @AdapterRegistry.register(AutoencoderKL)

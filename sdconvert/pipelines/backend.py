@@ -5,7 +5,7 @@ from typing import Any
 
 from sdconvert.adapters import ModelAdapter, Tensors, adapter_for
 from sdconvert.adapters.controlnet import ControlNetModelAdapter
-from sdconvert.models.autoencoder_kl_encoder import AutoencoderKLEncoder
+from sdconvert.models.autoencoder_kl import AutoencoderKLEncoder
 from sdconvert.pipelines.pasd import PASDPipeline
 
 GRAPHS = ("text_encoder", "vae_encoder", "controlnet", "unet", "vae_decoder")

@@ -17,7 +17,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from sdconvert.adapters import GraphSize, ModelAdapter, adapter_for
 from sdconvert.adapters.modeling_clip import CLIPTextModelAdapter
-from sdconvert.models.autoencoder_kl_encoder import AutoencoderKLEncoder
+from sdconvert.models.autoencoder_kl import AutoencoderKLEncoder
 
 # As in the config.json of Stable Diffusion 1.5, but for the widths (a 40th) and the sample (an eighth).
 SD15_UNET: dict[str, Any] = {
