@@ -111,8 +111,8 @@ class CalibrationSection(_Section):
     crops_per_photograph: int = Field(default=2, ge=1)
     """Random crops of one tile taken from each photograph."""
     prompts: tuple[str, ...] = Field(default=_PROMPTS, min_length=1)
-    """Prompts of the crops, in turn: ranges that one text shows do not hold for the next. What is evaluated has
-    `pipeline.prompt`."""
+    """Prompts of the crops, in turn, as many as there are crops: ranges that one text shows do not hold for the next.
+    What is evaluated has `pipeline.prompt`."""
     held_out: tuple[str, ...] = Field(default=("chelsea", "china"), min_length=1)
     """Photographs for evaluation and report; none of them may calibrate."""
     memory_limit: ByteSize | None = None

@@ -19,22 +19,33 @@ from sdconvert.errors import UsageError
 from sdconvert.models.autoencoder_kl import AutoencoderKLEncoder
 
 
-@AdapterRegistry.register(AutoencoderKL)
-class AutoencoderKLAdapter(ModelAdapter):
-    """Graph of the decoder: latent_sample, already divided by the scaling factor → sample in [-1, 1]."""
+class _HalfAdapter(ModelAdapter):
+    """A graph of one tensor in and one out."""
 
-    graph_name = "vae_decoder"
-    positional = ("latent_sample",)
+    output: ClassVar[str]
     capabilities: ClassVar = AdapterCapabilities(quantize=True, mha2sha=True, adaround=True, block_parallel=True)
 
     def pack(self, call: Mapping[str, Any]) -> Tensors:
         """See `ModelAdapter.pack`."""
-        require_known_arguments(call, {"latent_sample"})
-        return {"latent_sample": call["latent_sample"]}
+        require_known_arguments(call, set(self.positional))
+        return {name: call[name] for name in self.positional}
 
     def unpack(self, outputs: Tensors) -> Tensor:
         """See `ModelAdapter.unpack`."""
-        return outputs["sample"]
+        return outputs[self.output]
+
+    def output_names(self, count: int) -> tuple[str, ...]:
+        """See `ModelAdapter.output_names`."""
+        return (self.output,)
+
+
+@AdapterRegistry.register(AutoencoderKL)
+class AutoencoderKLAdapter(_HalfAdapter):
+    """Graph of the decoder: latent_sample, already divided by the scaling factor → sample in [-1, 1]."""
+
+    graph_name = "vae_decoder"
+    positional = ("latent_sample",)
+    output = "sample"
 
     def graph_forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """See `ModelAdapter.graph_forward`."""
@@ -42,10 +53,6 @@ class AutoencoderKLAdapter(ModelAdapter):
         vae: Any = self.model
         output: tuple[Tensor, ...] = vae.decode(latent_sample, return_dict=False)
         return output
-
-    def output_names(self, count: int) -> tuple[str, ...]:
-        """See `ModelAdapter.output_names`."""
-        return ("sample",)
 
     def io_spec(self, size: GraphSize | None = None) -> IOSpec:
         """See `ModelAdapter.io_spec`; height and width are those of the latent, `sample_size` is the picture's."""
@@ -74,31 +81,18 @@ class AutoencoderKLAdapter(ModelAdapter):
 
 
 @AdapterRegistry.register(AutoencoderKLEncoder)
-class AutoencoderKLEncoderAdapter(ModelAdapter):
+class AutoencoderKLEncoderAdapter(_HalfAdapter):
     """Graph of the encoder: sample in [-1, 1] → moments, mean and logarithmic variance of the latents, side by side."""
 
     graph_name = "vae_encoder"
     positional = ("sample",)
-    capabilities: ClassVar = AdapterCapabilities(quantize=True, mha2sha=True, adaround=True, block_parallel=True)
-
-    def pack(self, call: Mapping[str, Any]) -> Tensors:
-        """See `ModelAdapter.pack`."""
-        require_known_arguments(call, {"sample"})
-        return {"sample": call["sample"]}
-
-    def unpack(self, outputs: Tensors) -> Tensor:
-        """See `ModelAdapter.unpack`."""
-        return outputs["moments"]
+    output = "moments"
 
     def graph_forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """See `ModelAdapter.graph_forward`."""
         (sample,) = inputs
         encoder: Any = self.model
         return (encoder.moments(sample),)
-
-    def output_names(self, count: int) -> tuple[str, ...]:
-        """See `ModelAdapter.output_names`."""
-        return ("moments",)
 
     def io_spec(self, size: GraphSize | None = None) -> IOSpec:
         """See `ModelAdapter.io_spec`; height and width are those of the picture.

@@ -27,7 +27,7 @@ from sdconvert.quantize.artifact import QuantizeArtifact, Simulation
 from sdconvert.stages import StageContext
 
 _INLINE_BYTES = 1 << 30
-# A process that exports a small graph took 1.9 GiB. Weights are there as model, simulation, traced and ONNX graph; how
+# A process that exports a small graph took 1.5 GiB. Weights are there as model, simulation, traced and ONNX graph; how
 # many copies a large model really takes was not measured.
 _PROCESS_BYTES, _COPIES = 2 << 30, 6
 

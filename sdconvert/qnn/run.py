@@ -1,7 +1,7 @@
 """The work of `60-qnn`: contexts, scores and simulated pictures."""
 
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from typing import Any
 
 from sdconvert.calibration.artifact import TILE, CalibrationArtifact
@@ -16,6 +16,9 @@ from sdconvert.stages import StageContext
 
 # Of the HTP compiler, per byte of the Q/DQ graph: 0.94 GB were seen for 58 MB, 6 GB for 220 MB.
 _COMPILER_BYTES = 30
+# A process that simulates the small model took 1.3 GiB; a picture has every context beside the model in fp32. What a
+# large one takes was not measured.
+_PROCESS_BYTES, _COPIES = 2 << 30, 6
 
 
 def run(context: StageContext) -> dict[str, Any]:
@@ -70,11 +73,21 @@ def _simulate(context: StageContext, contexts: list[Context]) -> dict[str, Any]:
             tasks["graphs", graph, soc] = (simulate_answers, (road, graph, target))
     keys, found = list(tasks), dict[tuple[str, ...], Any]()
     context.report.step(0, len(tasks), "simulate graphs and pictures")
-    for index, result in in_processes(list(tasks.values())):
+    for index, result in in_processes(
+        list(tasks.values()), jobs_for(_PROCESS_BYTES + _COPIES * _largest_set(contexts))
+    ):
         found[keys[index]] = result
         if len(found) < len(tasks):
             context.report.step(len(found), len(tasks), f"simulated {' '.join(keys[index][1:])}")
     return _arrange(keys, found)
+
+
+def _largest_set(contexts: list[Context]) -> int:
+    """Bytes of all contexts of the SoC that has most."""
+    sizes: Counter[str] = Counter()
+    for one in contexts:
+        sizes[one.soc.name] += one.bin.stat().st_size
+    return max(sizes.values())
 
 
 def _arrange(keys: list[tuple[str, ...]], found: dict[tuple[str, ...], Any]) -> dict[str, Any]:

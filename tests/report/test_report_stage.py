@@ -150,9 +150,9 @@ def test_a_gate_that_is_missed_shows_where(finished: RunFolder, tmp_path: Path) 
     assert report.metrics["note"] == "3 of 4 gates passed"
 
 
-def test_a_weak_answer_to_the_prompt_misses_its_gate(finished: RunFolder) -> None:
+def test_a_weak_answer_to_the_control_image_misses_its_gate(finished: RunFolder, tmp_path: Path) -> None:
     recipe = RECIPE.model_copy(update={"gates": GatesSection(response_tolerance=0.015)})
-    report = make_report(copy_run(finished, finished.root.parent / "weak"), recipe)
+    report = make_report(copy_run(finished, tmp_path / "run"), recipe)
     gate = report.artifact.figures()["gates"][3]
     assert gate == {
         "gate": "response_tolerance",
