@@ -21,7 +21,7 @@ def make_room_for_biases(model: ModelProto) -> list[str]:
     """Widen, in place, the grids of output channels whose bias would not fit into int32.
 
     Args:
-        model: As AIMET's exporter writes it: integer weights behind a DequantizeLinear, biases in floating point.
+        model: As `to_onnx` makes it: integer weights behind a DequantizeLinear, biases in floating point.
 
     Returns:
         Names of the weights that were changed.

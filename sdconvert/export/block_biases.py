@@ -18,7 +18,7 @@ def adapt_block_biases(model: ModelProto) -> None:
     """Give the biases beside block-wise weights of a model their form, in place.
 
     Args:
-        model: As AIMET's exporter writes it, with 16-bit activations.
+        model: As `to_onnx` makes it, with 16-bit activations.
 
     Raises:
         SdconvertError: A layer has another form than the exporter gives it.

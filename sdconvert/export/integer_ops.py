@@ -1,6 +1,6 @@
 """Keep ops on integers that QNN's provider would otherwise run in floating point, between a Dequantize and a Quantize.
 
-The provider takes an op as a quantized one only if every operand and the result have Q/DQ. AIMET's exporter leaves two
+The provider takes an op as a quantized one only if every operand and the result have Q/DQ. The exporter leaves two
 without, for its quantizers sit on the model's tensors:
 
     SiLU        x -> Sigmoid -> Mul(x, ·)           Sigmoid -> Q/DQ over [0, 1] -> Mul

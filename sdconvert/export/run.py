@@ -12,11 +12,10 @@ from sdconvert.artifacts import RunFolder
 from sdconvert.calibration.artifact import CalibrationArtifact
 from sdconvert.checkpoint.artifact import CheckpointArtifact
 from sdconvert.config import Recipe
-from sdconvert.export.aimet import to_onnx
 from sdconvert.export.artifact import ExportArtifact
 from sdconvert.export.bias_range import make_room_for_biases
 from sdconvert.export.block_biases import adapt_block_biases
-from sdconvert.export.operands import insert_operand_pairs
+from sdconvert.export.onnx_graph import to_onnx
 from sdconvert.export.transposed_keys import take_keys_as_rows
 from sdconvert.io.files import write_json_atomic
 from sdconvert.metrics import worst_sqnr_db
@@ -65,7 +64,6 @@ def export_graph(recipe: Recipe, folder: RunFolder, out: Path, graph: str) -> tu
     model = to_onnx(simulation, inputs[0], opset=recipe.export.opset)
     adapt_block_biases(model)
     make_room_for_biases(model)
-    insert_operand_pairs(model, simulation.operand_encodings())
     if recipe.export.keys_as_rows:
         take_keys_as_rows(model)
     external = model.ByteSize() > _INLINE_BYTES

@@ -22,7 +22,7 @@ def take_keys_as_rows(model: ModelProto) -> int:
     """Rewrite every MatMul whose second operand comes from a convolution by way of such a Transpose, in place.
 
     Args:
-        model: With a Q/DQ pair before the second operand of each dynamic MatMul, as `insert_operand_pairs` leaves it.
+        model: With a Q/DQ pair before the second operand of each dynamic MatMul, as `to_onnx` makes it.
 
     Returns:
         Number of products that were rewritten.

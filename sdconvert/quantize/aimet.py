@@ -2,8 +2,7 @@
 
 import copy
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch
 from aimet_torch.quantization.affine import QuantizeDequantize
@@ -24,7 +23,6 @@ _PREFIX = "quantizer_"
 _FINE_BITWIDTH = 16
 _SECOND_KIND = "matmul_second_operand"
 _BINS = 2048
-_ALMOST_HALF = 0.499
 # What a mask hides must stay this far below the least score: exp(-20) is no step of a 16-bit softmax. A range as wide
 # as the mask's -100 would waste 10 dB, and one from data that hides nothing would clip what a later mask hides.
 _HIDDEN_BELOW = 20.0
@@ -220,12 +218,25 @@ def child_names(graph_module: GraphModule, quantizers: Mapping[str, QuantizeDequ
     return {keys[child]: name for name in calls if (child := id(graph_module.get_submodule(name))) in keys}
 
 
+def with_quantizers_as(
+    graph_module: GraphModule, quantizers: Mapping[str, QuantizeDequantize], make: Callable[[str], nn.Module]
+) -> GraphModule:
+    """A second module of the same graph and weights, with another module in place of each given quantizer.
+
+    Args:
+        graph_module: With the quantizers inserted.
+        quantizers: By key.
+        make: The module for a key.
+    """
+    other = GraphModule(graph_module, copy.deepcopy(graph_module.graph))
+    for key, name in child_names(graph_module, quantizers).items():
+        setattr(other, name, make(key))
+    return other
+
+
 def without_quantizers(graph_module: GraphModule, quantizers: Mapping[str, QuantizeDequantize]) -> GraphModule:
-    """A second module of the same graph and weights, with an `Identity` in place of each given quantizer."""
-    floating = GraphModule(graph_module, copy.deepcopy(graph_module.graph))
-    for name in child_names(graph_module, quantizers).values():
-        setattr(floating, name, nn.Identity())
-    return floating
+    """As `with_quantizers_as`, with an `Identity` in place of each."""
+    return with_quantizers_as(graph_module, quantizers, lambda _: nn.Identity())
 
 
 def set_parameter(graph_module: GraphModule, source: str, parameter: nn.Parameter) -> None:
@@ -281,45 +292,6 @@ def _set_exactly(quantizer: QuantizeDequantize, entries: list[Encoding]) -> None
     if not quantizer.symmetric:
         offsets = torch.tensor([float(entry["offset"]) for entry in entries])
         quantizer.offset.copy_(offsets.reshape(quantizer.shape) - quantizer.qmin)
-
-
-@contextmanager
-def without_operand_quantizers(graph_module: GraphModule, quantizers: QuantizerSet) -> Iterator[None]:
-    """Take the second operands' quantizers out for the block: the ONNX exporter gives them their own Q/DQ pair."""
-    seconds = {id(quantizer) for key, quantizer in quantizers.activations.items() if key.endswith(graph.SECOND)}
-    taken = {name: module for name, module in graph_module.named_children() if id(module) in seconds}
-    for name in taken:
-        setattr(graph_module, name, nn.Identity())
-    try:
-        yield
-    finally:
-        for name, module in taken.items():
-            setattr(graph_module, name, module)
-
-
-@contextmanager
-def ties_decided(graph_module: GraphModule, quantizers: QuantizerSet) -> Iterator[None]:
-    """Put weights halfway between two steps on the one that the simulation takes, for the block.
-
-    AIMET simulates with 1 / scale and exports with a division: weights that were half precision lie on ties, and a few
-    in a million would be exported a whole step away, which at 4 bits costs 30 dB of agreement.
-    """
-    changed: list[tuple[Tensor, Tensor, Tensor]] = []
-    with torch.no_grad():
-        for name, quantizer in quantizers.parameters.items():
-            if quantizer.block_size is not None:
-                continue  # divided in both
-            weight = graph_module.get_parameter(quantizers.sources[name]).data
-            rounded = quantizer(weight).as_subclass(Tensor)
-            ties = (weight - rounded).abs() > _ALMOST_HALF * quantizer.get_scale()
-            if ties.any():
-                changed.append((weight, ties, weight[ties]))
-                weight[ties] = rounded[ties]
-    try:
-        yield
-    finally:
-        for weight, ties, values in changed:
-            weight[ties] = values
 
 
 def _insert(graph_module: GraphModule, node: Node, grid: Grid, only: Node | None = None) -> QuantizeDequantize:

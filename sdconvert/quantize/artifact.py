@@ -11,15 +11,20 @@ from sdconvert.io.encodings import read_encodings, write_encodings
 from sdconvert.io.files import read_json
 from sdconvert.io.tensors import load_tensors
 from sdconvert.quantize.files import from_sections, to_sections
+from sdconvert.quantize.graph import SECOND
+from sdconvert.quantize.grid import WeightGrid
 from sdconvert.quantize.mixed_precision import Choice, frontier, read_sensitivity
 from sdconvert.quantize.settings import QuantizerSettings, settings_of
-from sdconvert.quantize.simulation import Simulation
+from sdconvert.quantize.simulation import Encodings, Simulation
 
 __all__ = [
+    "SECOND",
     "Choice",
+    "Encodings",
     "QuantizeArtifact",
     "QuantizerSettings",
     "Simulation",
+    "WeightGrid",
     "load_simulation",
     "save_simulation",
     "size_against_quality",

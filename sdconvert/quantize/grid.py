@@ -72,6 +72,10 @@ class WeightGrid:
         steps = self.to_steps(weight)
         return self.from_steps(steps + (steps.round() - steps).detach())
 
+    def codes(self, weight: Tensor) -> Tensor:
+        """The integers that stand for the nearest values of the grid, int32 in the weight's shape."""
+        return self.to_steps(self.quantize(weight)).round().int() + self._spread(self.zero_point, weight).int()
+
     def to_steps(self, weight: Tensor) -> Tensor:
         """The weight in steps of the scale from zero, not rounded."""
         return weight / self._spread(self.scale, weight)

@@ -4,8 +4,8 @@ The same object takes the ranges, runs as a backend of the pipeline, compares la
 turns into ONNX: nothing is quantized twice in two ways.
 """
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -242,17 +242,11 @@ class Simulation:
             setattr(floating, names[key], nn.Hardtanh(entry["min"], entry["max"]))
         return layer_sqnr_db(floating, self.graph_module, names, [inputs[name] for name in self.input_names])
 
-    def operand_encodings(self) -> list[Encoding]:
-        """Encodings of the second operands of MatMul, in execution order."""
-        return [entries[0] for key, entries in self.encodings().activations.items() if key.endswith(graph.SECOND)]
-
-    def without_operand_quantizers(self) -> AbstractContextManager[None]:
-        """Take the second operands' quantizers out for a block, for an exporter that writes them itself."""
-        return aimet.without_operand_quantizers(self.graph_module, self.quantizers)
-
-    def ties_decided(self) -> AbstractContextManager[None]:
-        """Decide for a block how weights halfway between two steps are rounded, so that an exporter cannot differ."""
-        return aimet.ties_decided(self.graph_module, self.quantizers)
+    def with_quantizers_as(self, make: Callable[[str], nn.Module]) -> GraphModule:
+        """A second module of the same graph and weights, with a module of `make(key)` in place of every quantizer."""
+        return aimet.with_quantizers_as(
+            self.graph_module, self.quantizers.activations | self.quantizers.parameters, make
+        )
 
     def _require_ranges(self) -> None:
         if not self.calibrated:

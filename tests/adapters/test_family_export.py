@@ -10,9 +10,8 @@ from model_families import FAMILIES, SD15_UNET, samples, unet
 from static_graphs import Case, simulate
 
 from sdconvert.errors import PreconditionError
-from sdconvert.export.aimet import to_onnx
 from sdconvert.export.float32 import float32_agreement_db, write_float32
-from sdconvert.export.operands import insert_operand_pairs
+from sdconvert.export.onnx_graph import to_onnx
 from sdconvert.export.runner import OnnxRunner
 from sdconvert.metrics import worst_sqnr_db
 from sdconvert.models.attention import SHAAttentionPatch
@@ -63,7 +62,6 @@ def quantized(name: str, path: Path) -> tuple[Case, Simulation]:
     inputs = case.samples[0]
     simulation = simulate(case)
     model = to_onnx(simulation, inputs, opset=21)
-    insert_operand_pairs(model, simulation.operand_encodings())
     onnx.checker.check_model(model, full_check=True)
     onnx.save(model, str(path))
     assert worst_sqnr_db(simulation(inputs), OnnxRunner(path)(inputs)) >= 50

@@ -8,8 +8,7 @@ import pytest
 from onnx import ModelProto
 from static_graphs import Case
 
-from sdconvert.export.aimet import to_onnx
-from sdconvert.export.operands import insert_operand_pairs
+from sdconvert.export.onnx_graph import to_onnx
 from sdconvert.quantize.simulation import Simulation
 
 Export = Callable[[Case, Simulation, Path], ModelProto]
@@ -21,7 +20,6 @@ def export() -> Export:
 
     def write(case: Case, simulation: Simulation, path: Path) -> ModelProto:
         model = to_onnx(simulation, case.samples[0], opset=21)
-        insert_operand_pairs(model, simulation.operand_encodings())
         onnx.save(model, str(path))
         return model
 

@@ -9,8 +9,8 @@ from onnx import ModelProto, numpy_helper
 from static_graphs import Case, module_case, simulate
 from torch import nn
 
-from sdconvert.export.aimet import to_onnx
 from sdconvert.export.bias_range import make_room_for_biases
+from sdconvert.export.onnx_graph import to_onnx
 from sdconvert.metrics import worst_sqnr_db
 from sdconvert.qnn.context import compile_context
 from sdconvert.qnn.simulator import Simulator

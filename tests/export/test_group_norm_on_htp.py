@@ -10,7 +10,7 @@ import torch
 from static_graphs import module_case
 from torch import Tensor, nn
 
-from sdconvert.export.aimet import to_onnx
+from sdconvert.export.onnx_graph import to_onnx
 from sdconvert.metrics import worst_sqnr_db
 from sdconvert.qnn.context import compile_context
 from sdconvert.qnn.nodes import read_nodes

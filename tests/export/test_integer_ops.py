@@ -9,8 +9,8 @@ from onnx import ModelProto
 from static_graphs import Case, ModuleAdapter, module_case
 from torch import nn
 
-from sdconvert.export.aimet import to_onnx
 from sdconvert.export.integer_ops import quantize_layer_norm_biases, quantize_silu
+from sdconvert.export.onnx_graph import to_onnx
 from sdconvert.export.runner import OnnxRunner
 from sdconvert.metrics import worst_sqnr_db
 from sdconvert.models.convolutions import PointwiseConv2d

@@ -15,9 +15,8 @@ from torch import nn
 
 from sdconvert.config import LayerPrecision
 from sdconvert.errors import CompileError
-from sdconvert.export.aimet import to_onnx
 from sdconvert.export.block_biases import adapt_block_biases
-from sdconvert.export.operands import insert_operand_pairs
+from sdconvert.export.onnx_graph import to_onnx
 from sdconvert.export.runner import OnnxRunner
 from sdconvert.metrics import worst_sqnr_db
 from sdconvert.qnn.context import compile_context
@@ -115,7 +114,6 @@ def test_a_unet_with_4_bit_blocks_compiles_whole(tmp_path: Path) -> None:
     simulation.calibrate(case.samples)
     model = to_onnx(simulation, case.samples[0], opset=21)
     adapt_block_biases(model)
-    insert_operand_pairs(model, simulation.operand_encodings())
     assert sum(attribute.name == "block_size" for node in model.graph.node for attribute in node.attribute) > 20
     onnx.save(model, str(tmp_path / "unet.onnx"))
     onnx.checker.check_model(str(tmp_path / "unet.onnx"), full_check=True)

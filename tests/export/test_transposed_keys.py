@@ -10,8 +10,7 @@ from diffusers.models.attention_processor import Attention
 from onnx import ModelProto
 from static_graphs import Case, module_case, simulate
 
-from sdconvert.export.aimet import to_onnx
-from sdconvert.export.operands import insert_operand_pairs
+from sdconvert.export.onnx_graph import to_onnx
 from sdconvert.export.runner import OnnxRunner
 from sdconvert.export.transposed_keys import take_keys_as_rows
 from sdconvert.metrics import worst_sqnr_db
@@ -32,7 +31,6 @@ def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     case = module_case(per_head(Attention(query_dim=16, heads=HEADS, dim_head=8)), 1, 16, 1, 24)
     simulation = simulate(case, request.param)
     model = to_onnx(simulation, case.samples[0], opset=21)
-    insert_operand_pairs(model, simulation.operand_encodings())
     onnx.save(model, folder / "before.onnx")
     assert take_keys_as_rows(model) == HEADS
     onnx.save(model, folder / "after.onnx")

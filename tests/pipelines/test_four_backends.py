@@ -14,8 +14,7 @@ from torch import Tensor
 from transformers import CLIPTextModel
 
 from sdconvert.adapters import ModelAdapter, Tensors
-from sdconvert.export.aimet import to_onnx
-from sdconvert.export.operands import insert_operand_pairs
+from sdconvert.export.onnx_graph import to_onnx
 from sdconvert.export.runner import OnnxRunner
 from sdconvert.models.pasd import build_pasd
 from sdconvert.pipelines.backend import GraphBackend, graph_adapters, swap_backends
@@ -98,7 +97,6 @@ def write_fp32(bench: Bench, graph: str, path: Path) -> Path:
 def write_qdq(simulation: Simulation, example: Tensors, path: Path) -> Path:
     """The quantized model as the export stage writes it."""
     model = to_onnx(simulation, example, opset=21)
-    insert_operand_pairs(model, simulation.operand_encodings())
     onnx.save(model, str(path))
     return path
 

@@ -218,14 +218,20 @@ def test_layer_figures_fall_at_the_layer_that_has_4_bits() -> None:
     assert {key: after[key] for key in same} == {key: before[key] for key in same}
 
 
-def test_second_operands_step_aside_for_the_exporter_and_come_back() -> None:
+def test_another_module_may_stand_for_every_quantizer() -> None:
     case, simulation = shared_case("unet"), shared_simulation("unet", 69)
-    with_8_bits = simulation(case.samples[0])["out_sample"]
-    with simulation.without_operand_quantizers():
-        inside = simulation(case.samples[0])["out_sample"]
-    assert not torch.equal(inside, with_8_bits)
-    assert torch.equal(simulation(case.samples[0])["out_sample"], with_8_bits)
-    assert len(simulation.operand_encodings()) == 2 * len(case.adapter.attention_layers())
+    before = simulation(case.samples[0])["out_sample"]
+    keys: list[str] = []
+
+    def nothing(key: str) -> nn.Module:
+        keys.append(key)
+        return nn.Identity()
+
+    floating = simulation.with_quantizers_as(nothing)
+    (answer,) = floating(*(case.samples[0][name] for name in simulation.input_names))
+    torch.testing.assert_close(answer, case.adapter.run(case.samples[0])["out_sample"], rtol=0, atol=1e-4)
+    assert sorted(keys) == sorted([*simulation.quantizers.activations, *simulation.quantizers.parameters])
+    assert torch.equal(simulation(case.samples[0])["out_sample"], before)
 
 
 def test_the_model_keeps_its_weights() -> None:
