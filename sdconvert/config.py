@@ -42,6 +42,9 @@ _PROMPTS = (
 )
 
 
+GraphName = Literal["text_encoder", "vae_encoder", "controlnet", "unet", "vae_decoder"]
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
 
@@ -230,6 +233,8 @@ class QnnSection(_Section):
     """Target systems-on-chip; each gets its own context binaries."""
     finalization_mode: Literal[2, 3] = 3
     """Effort of the HTP compiler: 3 searches longest."""
+    fidelity: tuple[GraphName, ...] = ("controlnet", "unet")
+    """Graphs whose blocks are also compiled and simulated one by one: fp32, quantized model, ONNX Runtime and HTP."""
 
 
 class GatesSection(_Section):
@@ -239,6 +244,9 @@ class GatesSection(_Section):
     """SQNR in dB of each graph's outputs in the HTP simulator against fp32."""
     simulator_vs_quantized_db: float = 45.0
     """SQNR in dB of the same outputs against the quantized torch model."""
+    block_simulator_vs_quantized_db: float = 50.0
+    """SQNR in dB of each block's outputs in the HTP simulator against the quantized torch model, from the same inputs;
+    for the graphs in `qnn.fidelity`."""
     response_tolerance: float = Field(default=0.05, gt=0)
     """How far the strength of the answer to the prompt, and to the control image, may be from fp32's: 0.05 allows 0.95
     to 1.05 times the change of the predicted noise, in the HTP simulator."""

@@ -1,13 +1,18 @@
-"""What the export stage leaves: one ONNX file per graph."""
+"""What the export stage leaves: one ONNX file per graph, its answers, and what its blocks hand on."""
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from sdconvert.adapters import Tensors
+from sdconvert.export.blocks import Block
 from sdconvert.export.runner import OnnxRunner
+from sdconvert.io.files import read_json, write_json_atomic
 from sdconvert.io.tensors import flatten, load_tensors, save_tensors, unflatten
+from sdconvert.quantize.artifact import BoundaryTensor
+
+__all__ = ["Block", "ExportArtifact", "OnnxRunner"]
 
 _PARTS = ("inputs", "fp32", "simulation")
 
@@ -47,6 +52,26 @@ class ExportArtifact:
             for answer in answers
         ]
         save_tensors(flatten(named), self.folder / f"{graph}.answers.safetensors")
+
+    def blocks(self, graph: str) -> list[Block]:
+        """The graph cut at the model's blocks, in execution order."""
+        return [Block(**one) for one in read_json(self.folder / f"{graph}.blocks.json")]
+
+    def boundaries(self, graph: str) -> dict[str, Tensors]:
+        """What the tensors between blocks hold for the first held-out inputs, by key.
+
+        Returns:
+            `simulated`: in the quantized graph. `fp32`: without quantizers. `fp32_block`: what a block makes in fp32 of
+            the quantized graph's tensors.
+        """
+        flat = load_tensors(self.folder / f"{graph}.blocks.safetensors")
+        return {part: _below(flat, f"{part}/") for part in ("simulated", "fp32", "fp32_block")}
+
+    def write_blocks(self, graph: str, blocks: Sequence[Block], boundaries: Mapping[str, BoundaryTensor]) -> None:
+        """Keep what `blocks` and `boundaries` return."""
+        write_json_atomic([asdict(block) for block in blocks], self.folder / f"{graph}.blocks.json")
+        flat = {f"{part}/{key}": getattr(one, part) for key, one in boundaries.items() for part in vars(one)}
+        save_tensors(flat, self.folder / f"{graph}.blocks.safetensors")
 
     def runner(self, graph: str) -> OnnxRunner:
         """The graph in ONNX Runtime."""

@@ -23,6 +23,8 @@ from sdconvert.io.encodings import Encoding
 from sdconvert.quantize.artifact import SECOND, Encodings, Simulation, WeightGrid
 
 _DOMAIN, _MARKER, _KEY = "sdconvert", "Quantizer", "key"
+TENSOR_KEY = "sdconvert.tensor"
+"""Metadata of a DequantizeLinear: the key of the simulation's tensor that it makes."""
 # What moves values has no quantizer of its own; the compiler wants a pair on both sides, with one grid.
 _MOVES = {"Expand", "Flatten", "Gather", "Pad", "Reshape", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze"}
 
@@ -103,7 +105,9 @@ def _replace_marker(graph: ir.Graph, marker: ir.Node, encodings: Encodings) -> N
         if (known := _quantized_as(source, grid)) is not None:
             marker.outputs[0].replace_all_uses_with(known)
         else:
-            _insert(graph, marker, marker.outputs[0], _pair(source, grid, stem))
+            pair = _pair(source, grid, stem)
+            pair[-1].metadata_props[TENSOR_KEY] = key
+            _insert(graph, marker, marker.outputs[0], pair)
     graph.remove(marker, safe=True)
 
 
@@ -224,7 +228,9 @@ def _drop_unread(graph: ir.Graph) -> None:
 def _bare(model: ModelProto) -> ModelProto:
     """Without the exporting machine's paths, which it leaves in every node."""
     for annotated in (model, *model.graph.node, *model.graph.value_info, *model.graph.input, *model.graph.output):
+        kept = [entry for entry in annotated.metadata_props if entry.key == TENSOR_KEY]
         del annotated.metadata_props[:]
+        annotated.metadata_props.extend(kept)
     del model.graph.metadata_props[:]
     return model
 

@@ -15,6 +15,7 @@ from sdconvert.config import Recipe
 from sdconvert.export.artifact import ExportArtifact
 from sdconvert.export.bias_range import make_room_for_biases
 from sdconvert.export.block_biases import adapt_block_biases
+from sdconvert.export.blocks import cut_into_blocks
 from sdconvert.export.onnx_graph import to_onnx
 from sdconvert.export.transposed_keys import take_keys_as_rows
 from sdconvert.io.files import write_json_atomic
@@ -66,6 +67,9 @@ def export_graph(recipe: Recipe, folder: RunFolder, out: Path, graph: str) -> tu
     make_room_for_biases(model)
     if recipe.export.keys_as_rows:
         take_keys_as_rows(model)
+    blocks = cut_into_blocks(model, adapter.block_paths())
+    leaving = dict.fromkeys(key for block in blocks for key in block.outputs)
+    artifact.write_blocks(graph, blocks, simulation.boundary_tensors(inputs[0], leaving))
     external = model.ByteSize() > _INLINE_BYTES
     onnx.save(model, str(artifact.onnx(graph)), save_as_external_data=external, location=f"{graph}.onnx.data")
     run_onnx = artifact.runner(graph)

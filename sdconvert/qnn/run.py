@@ -1,7 +1,9 @@
 """The work of `60-qnn`: contexts, scores and simulated pictures."""
 
 import math
+import shutil
 from collections import Counter, defaultdict
+from itertools import product
 from typing import Any
 
 from sdconvert.calibration.artifact import TILE, CalibrationArtifact
@@ -10,6 +12,7 @@ from sdconvert.export.artifact import ExportArtifact
 from sdconvert.processes import Task, in_processes, in_threads, jobs_for
 from sdconvert.qnn.artifact import QnnArtifact, simulated_path
 from sdconvert.qnn.context import Context, compile_context
+from sdconvert.qnn.fidelity import measure_blocks
 from sdconvert.qnn.simulate import Road, simulate_answers, simulate_picture, simulate_response
 from sdconvert.soc import find_soc
 from sdconvert.stages import StageContext
@@ -19,6 +22,7 @@ _COMPILER_BYTES = 30
 # A process that simulates the small model took 1.3 GiB; a picture has every context beside the model in fp32. What a
 # large one takes was not measured.
 _PROCESS_BYTES, _COPIES = 2 << 30, 6
+_BLOCKS = "blocks"
 
 
 def run(context: StageContext) -> dict[str, Any]:
@@ -55,31 +59,41 @@ def _simulate(context: StageContext, contexts: list[Context]) -> dict[str, Any]:
     by_soc: defaultdict[str, dict[str, Any]] = defaultdict(dict)
     for one in contexts:
         by_soc[one.soc.name][one.graph] = one.ctx_onnx
-    roads = {soc: Road(context.recipe, context.run, paths) for soc, paths in by_soc.items()}
-    first = next(iter(roads.values()))
-    data = CalibrationArtifact(context.run.stage_folder("20-calibration"))
-    folder = context.out / "pictures"
-    folder.mkdir()
-    # The longest come first, so that no process ends alone.
-    tasks: dict[tuple[str, ...], Task] = {}
-    for name in data.pictures():
-        if name.endswith(TILE):
-            tasks["pictures", name] = (simulate_picture, (first, name, folder / f"{name}.safetensors"))
-    for call in range(len(data.held_out("controlnet"))):
-        tasks["responses", str(call)] = (simulate_response, (first, call))
-    for soc, road in roads.items():
-        for graph in road.contexts:
-            target = context.out / simulated_path(graph, soc)
-            tasks["graphs", graph, soc] = (simulate_answers, (road, graph, target))
+    (context.out / "pictures").mkdir()
+    tasks = _tasks(context, {soc: Road(context.recipe, context.run, paths) for soc, paths in by_soc.items()})
     keys, found = list(tasks), dict[tuple[str, ...], Any]()
-    context.report.step(0, len(tasks), "simulate graphs and pictures")
+    context.report.step(0, len(tasks), "simulate graphs, blocks and pictures")
     for index, result in in_processes(
         list(tasks.values()), jobs_for(_PROCESS_BYTES + _COPIES * _largest_set(contexts))
     ):
         found[keys[index]] = result
         if len(found) < len(tasks):
             context.report.step(len(found), len(tasks), f"simulated {' '.join(keys[index][1:])}")
+    shutil.rmtree(context.out / _BLOCKS, ignore_errors=True)
     return _arrange(keys, found)
+
+
+def _tasks(context: StageContext, roads: dict[str, Road]) -> dict[tuple[str, ...], Task]:
+    """All that is to be simulated, by kind; the longest come first, so that no process ends alone."""
+    first, data = next(iter(roads.values())), CalibrationArtifact(context.run.stage_folder("20-calibration"))
+    exported, qnn = ExportArtifact(context.run.stage_folder("50-export")), context.recipe.qnn
+    tasks: dict[tuple[str, ...], Task] = {}
+    for graph, soc in product(dict.fromkeys(qnn.fidelity), roads):
+        folder = context.out / _BLOCKS / soc / graph
+        tasks["fidelity", graph, soc] = (
+            measure_blocks,
+            (exported, graph, find_soc(soc), folder, qnn.finalization_mode),
+        )
+    for name in data.pictures():
+        if name.endswith(TILE):
+            target = context.out / "pictures" / f"{name}.safetensors"
+            tasks["pictures", name] = (simulate_picture, (first, name, target))
+    for call in range(len(data.held_out("controlnet"))):
+        tasks["responses", str(call)] = (simulate_response, (first, call))
+    for soc, road in roads.items():
+        for name in road.contexts:
+            tasks["graphs", name, soc] = (simulate_answers, (road, name, context.out / simulated_path(name, soc)))
+    return tasks
 
 
 def _largest_set(contexts: list[Context]) -> int:
@@ -93,17 +107,25 @@ def _largest_set(contexts: list[Context]) -> int:
 def _arrange(keys: list[tuple[str, ...]], found: dict[tuple[str, ...], Any]) -> dict[str, Any]:
     """Results by kind, in the order in which they were asked for."""
     graphs: defaultdict[str, dict[str, Any]] = defaultdict(dict)
+    fidelity: defaultdict[str, dict[str, Any]] = defaultdict(dict)
     pictures, responses = dict[str, Any](), defaultdict[str, list[dict[str, float]]](list)
     for key in keys:
         match key:
             case ("graphs", graph, soc):
                 graphs[graph][soc] = found[key]
+            case ("fidelity", graph, soc):
+                fidelity[graph][soc] = found[key]
             case ("pictures", name):
                 pictures[name] = found[key]
             case _:
                 for kind, calls in found[key].items():
                     responses[kind] += calls
-    return {"graphs": dict(graphs), "pictures": pictures, "responses": dict(responses)}
+    return {
+        "graphs": dict(graphs),
+        "fidelity": dict(fidelity),
+        "pictures": pictures,
+        "responses": dict(responses),
+    }
 
 
 def _deviation(ratio: float) -> float:
@@ -123,6 +145,13 @@ def _metrics(recipe: Recipe, found: dict[str, Any], contexts: list[Context]) -> 
                 worst[f"{graph}_{soc}_{measure}"] = scores[measure]
                 if not scores[measure] >= gate:
                     missed.append(f"{graph} on {soc}: {measure} {scores[measure]:.1f} dB, gate {gate:.1f}")
+    blocks, gate = {}, recipe.gates.block_simulator_vs_quantized_db
+    for graph, by_soc in found["fidelity"].items():
+        for soc, rows in by_soc.items():
+            worst_block = min(rows, key=lambda row: row["simulator_vs_quantized_db"])
+            blocks[f"{graph}_{soc}_worst_block_db"] = level = worst_block["simulator_vs_quantized_db"]
+            if not level >= gate:
+                missed.append(f"{graph} on {soc}: block {worst_block['block']} {level:.1f} dB, gate {gate:.1f}")
     strength: dict[str, float] = {}
     for kind, calls in responses.items():
         ratios = [call["ratio"] for call in calls]
@@ -134,6 +163,7 @@ def _metrics(recipe: Recipe, found: dict[str, Any], contexts: list[Context]) -> 
     lowest = min(value for key, value in worst.items() if key.endswith("vs_fp32_db"))
     return {
         **worst,
+        **blocks,
         **strength,
         **{f"{name}_simulator_vs_fp32_psnr_db": score["simulator_vs_fp32_psnr_db"] for name, score in pictures.items()},
         "cpu_nodes": sum(one.cpu_nodes for one in contexts),

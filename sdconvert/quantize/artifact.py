@@ -15,10 +15,11 @@ from sdconvert.quantize.graph import SECOND
 from sdconvert.quantize.grid import WeightGrid
 from sdconvert.quantize.mixed_precision import Choice, frontier, read_sensitivity
 from sdconvert.quantize.settings import QuantizerSettings, settings_of
-from sdconvert.quantize.simulation import Encodings, Simulation
+from sdconvert.quantize.simulation import BoundaryTensor, Encodings, Simulation
 
 __all__ = [
     "SECOND",
+    "BoundaryTensor",
     "Choice",
     "Encodings",
     "QuantizeArtifact",

@@ -7,6 +7,7 @@ turns into ONNX: nothing is quantized twice in two ways.
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +28,33 @@ class Encodings:
 
     parameters: dict[str, list[Encoding]]
     activations: dict[str, list[Encoding]]
+
+
+@dataclass(frozen=True)
+class BoundaryTensor:
+    """One tensor between blocks.
+
+    Attributes:
+        simulated: In the quantized graph.
+        fp32: In the graph without quantizers.
+        fp32_block: What the block before it makes in fp32 of the tensors that enter it in the quantized graph.
+    """
+
+    simulated: Tensor
+    fp32: Tensor
+    fp32_block: Tensor
+
+
+class _Replace(nn.Module):
+    """Goes on with a given value, and keeps what entered."""
+
+    def __init__(self, value: Tensor) -> None:
+        super().__init__()
+        self._value, self.entered = value, value
+
+    def forward(self, entering: Tensor) -> Tensor:
+        self.entered = entering
+        return self._value
 
 
 class Simulation:
@@ -224,6 +252,37 @@ class Simulation:
         # AIMET returns a tensor class of its own, which carries a copy of the grid along.
         return {name: tensor.as_subclass(Tensor) for name, tensor in zip(self.output_names, outputs, strict=True)}
 
+    @torch.no_grad()
+    def boundary_tensors(self, inputs: Tensors, keys: Collection[str]) -> dict[str, "BoundaryTensor"]:
+        """What some stored tensors hold for one set of inputs, by key.
+
+        Raises:
+            PreconditionError: There are no ranges yet.
+            UsageError: A key is no tensor of the graph.
+        """
+        self._require_ranges()
+        names = aimet.child_names(self.graph_module, self.quantizers.activations)
+        if odd := sorted(set(keys) - names.keys()):
+            raise UsageError(
+                f"`{odd[0]}` is no tensor of the {self.adapter.graph_name} graph", hint="its keys are `encodings()`'s"
+            )
+        with capturing({key: self.graph_module.get_submodule(names[key]) for key in keys}) as simulated:
+            self(inputs)
+        floating, locally = self._floating_graph({}), self._floating_graph(simulated)
+        probes = {key: floating.get_submodule(names[key]) for key in keys}
+        with capturing(probes) as fp32:
+            floating(*(inputs[name] for name in self.input_names))
+        locally(*(inputs[name] for name in self.input_names))
+        entered: dict[str, Any] = {key: locally.get_submodule(names[key]) for key in keys}
+        return {key: BoundaryTensor(simulated[key], fp32[key], entered[key].entered) for key in keys}
+
+    def _floating_graph(self, values: Mapping[str, Tensor]) -> GraphModule:
+        """The graph in fp32, with given values in place of some tensors."""
+        floating = self.with_quantizers_as(lambda key: _Replace(values[key]) if key in values else nn.Identity())
+        for source, weight in self._floating.items():
+            aimet.set_parameter(floating, source, weight)
+        return floating
+
     def layer_sqnr_db(self, inputs: Tensors) -> dict[str, float]:
         """SQNR in dB of every stored tensor, by key in execution order: quantized graph against the same in fp32.
 
@@ -231,10 +290,7 @@ class Simulation:
             PreconditionError: There are no ranges yet.
         """
         self._require_ranges()
-        every = self.quantizers.activations | self.quantizers.parameters
-        floating = aimet.without_quantizers(self.graph_module, every)
-        for source, weight in self._floating.items():
-            aimet.set_parameter(floating, source, weight)
+        floating = self._floating_graph({})
         names = aimet.child_names(self.graph_module, self.quantizers.activations)
         for key in self.quantizers.masked_scores:
             # How far below all others a hidden score is does not matter.

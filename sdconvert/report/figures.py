@@ -45,7 +45,7 @@ def collect_figures(
     quantized = QuantizeArtifact(run.stage_folder("30-quantize"))
     accuracy = {graph: _accuracy(graph, manifests, qnn) for graph in graphs}
     measured = {name: measure_pictures(every) for name, every in pictures.items()}
-    gates = _gates(recipe.gates, accuracy, measured, qnn.figures["responses"])
+    gates = _gates(recipe.gates, accuracy, measured, qnn.figures)
     missed = [text for manifest in manifests.values() for text in manifest.metrics.get("missed_gates", [])]
     return {
         "schema_version": 1,
@@ -57,6 +57,7 @@ def collect_figures(
         "gates": gates,
         "pictures": measured,
         "accuracy": accuracy,
+        "fidelity": qnn.figures["fidelity"],
         "layers": {graph: quantized.layer_sqnr_db(graph) for graph in graphs},
         "rounding": _rounding(graphs, manifests["30-quantize"].metrics, quantized),
         "size_quality": _size_quality(recipe),
@@ -112,7 +113,7 @@ def _gates(
     gates: GatesSection,
     accuracy: Mapping[str, Any],
     pictures: Mapping[str, Mapping[str, Any]],
-    responses: Mapping[str, Sequence[Mapping[str, float]]],
+    simulated: Mapping[str, Any],
 ) -> list[dict[str, Any]]:
     """One entry per gate: its figure is the worst of all that must reach it."""
     values: dict[str, dict[str, float]] = {}
@@ -122,9 +123,17 @@ def _gates(
             for graph, row in accuracy.items()
             for soc, scores in row["simulator"].items()
         }
+    if simulated["fidelity"]:
+        values["block_simulator_vs_quantized_db"] = {
+            f"{graph} on {soc}: {row['block']}": row["simulator_vs_quantized_db"]
+            for graph, by_soc in simulated["fidelity"].items()
+            for soc, rows in by_soc.items()
+            for row in rows
+        }
     values["image_psnr_db"] = {name: row["quantized"]["psnr_vs_fp32_db"] for name, row in pictures.items()}
     levels = [_gate(name, getattr(gates, name), "dB", found, lambda level: level) for name, found in values.items()]
-    ratios = {f"{kind}, call {n}": one["ratio"] for kind, calls in responses.items() for n, one in enumerate(calls, 1)}
+    responses = simulated["responses"].items()
+    ratios = {f"{kind}, call {n}": one["ratio"] for kind, calls in responses for n, one in enumerate(calls, 1)}
     return [*levels, _gate("response_tolerance", gates.response_tolerance, "ratio", ratios, lambda one: -abs(one - 1))]
 
 

@@ -13,7 +13,7 @@ from markupsafe import Markup
 from sdconvert.io.files import to_json
 from sdconvert.report.figures import worst_layers
 from sdconvert.report.pictures import LABELS
-from sdconvert.report.plot import plot_layers, plot_sizes
+from sdconvert.report.plot import plot_blocks, plot_layers, plot_sizes
 
 _WORST = 10
 _FORMATS = {"dB": "{:.1f} dB", "s": "{:,.1f} s", "ssim": "{:.3f}", "ratio": "{:.3f}"}
@@ -39,10 +39,23 @@ def render_html(figures: Mapping[str, Any], pictures: Mapping[str, Mapping[str, 
         graph: Markup(plot_layers(graph, layers, {name for _, name, _ in worst[graph]}))
         for graph, layers in figures["layers"].items()
     }
+    block_plots = {
+        (graph, soc): Markup(plot_blocks(f"blocks-{graph}-{soc}", rows))
+        for graph, by_soc in figures["fidelity"].items()
+        for soc, rows in by_soc.items()
+    }
     sizes = figures["size_quality"]
     size_plot = Markup(plot_sizes(sizes["points"], sizes["chosen"])) if sizes else None
     template = environment.get_template("report.html.j2")
-    return template.render(figures, images=pictures, labels=LABELS, worst=worst, plots=plots, size_plot=size_plot)
+    return template.render(
+        figures,
+        images=pictures,
+        labels=LABELS,
+        worst=worst,
+        plots=plots,
+        block_plots=block_plots,
+        size_plot=size_plot,
+    )
 
 
 def show_number(value: float | None, unit: str = "") -> Markup:

@@ -5,6 +5,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
+from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -47,6 +48,37 @@ def plot_layers(graph: str, layers: Mapping[str, float], worst: set[str]) -> str
     axes.grid(axis="y", color=_COLOURS["muted"], alpha=0.25, linewidth=0.6)
     axes.spines[:].set_visible(False)
     return _to_svg(figure, graph)
+
+
+def plot_blocks(name: str, rows: Sequence[Mapping[str, Any]]) -> str:
+    """Plot SQNR in dB of every block, from the same inputs, and of all blocks up to it.
+
+    Args:
+        name: Keeps apart what the plots of one page name.
+        rows: Fields of a `BlockFidelity` each, in execution order.
+
+    Returns:
+        An `<svg>` element, as `plot_layers`.
+    """
+    figure = Figure(figsize=(12, 3.2), layout="constrained")
+    figure.patch.set_visible(False)
+    axes = figure.subplots()
+    axes.patch.set_visible(False)
+    labels = [row["block"].replace("_blocks", "").replace("_block", "") for row in rows]
+    for key, colour, style, label in (
+        ("simulator_vs_quantized_db", "dot", "o-", "HTP to quantized model, block alone"),
+        ("cumulated_simulator_vs_quantized_db", "dot", "o:", "the same, all blocks up to it"),
+        ("cumulated_simulator_vs_fp32_db", "bad", "o-", "HTP to fp32, all blocks up to it"),
+    ):
+        levels = [row[key] if math.isfinite(row[key]) else math.nan for row in rows]
+        axes.plot(range(len(rows)), levels, style, color=_COLOURS[colour], linewidth=1.2, markersize=3, label=label)
+    axes.set_xticks(range(len(rows)), labels, rotation=30, ha="right", fontsize=7)
+    axes.set_ylabel("SQNR (dB)", color=_COLOURS["muted"])
+    axes.tick_params(colors=_COLOURS["muted"])
+    axes.grid(axis="y", color=_COLOURS["muted"], alpha=0.25, linewidth=0.6)
+    axes.spines[:].set_visible(False)
+    axes.legend(frameon=False, labelcolor=_COLOURS["muted"], fontsize=8)
+    return _to_svg(figure, name)
 
 
 def plot_sizes(points: Sequence[tuple[float, float]], chosen: tuple[float, float] | None) -> str:

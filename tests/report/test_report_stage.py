@@ -88,7 +88,7 @@ def test_figures_are_those_of_the_stages(report: Report, finished: RunFolder) ->
     assert figures["stages"]["60-qnn"]["seconds"] == 12.345
     assert figures["versions"] == {"torch": "2.7.0, 2.6.0"}
     assert {row["name"]: row["author"] for row in figures["photographs"]}["china"].endswith("; CC BY 2.0")
-    assert report.metrics == {"report": "80-report/report.html", "note": "4 of 4 gates passed"}
+    assert report.metrics == {"report": "80-report/report.html", "note": "5 of 5 gates passed"}
 
 
 def test_d12_sizes_and_warnings_of_the_calibration_stand_in_the_page(report: Report) -> None:
@@ -147,13 +147,13 @@ def test_a_gate_that_is_missed_shows_where(finished: RunFolder, tmp_path: Path) 
         "passed": False,
     }
     assert "✗ gates missed" in report.page.text
-    assert report.metrics["note"] == "3 of 4 gates passed"
+    assert report.metrics["note"] == "4 of 5 gates passed"
 
 
 def test_a_weak_answer_to_the_control_image_misses_its_gate(finished: RunFolder, tmp_path: Path) -> None:
     recipe = RECIPE.model_copy(update={"gates": GatesSection(response_tolerance=0.015)})
     report = make_report(copy_run(finished, tmp_path / "run"), recipe)
-    gate = report.artifact.figures()["gates"][3]
+    gate = report.artifact.figures()["gates"][4]
     assert gate == {
         "gate": "response_tolerance",
         "unit": "ratio",
@@ -172,8 +172,8 @@ def test_a_picture_that_is_not_a_number_misses_its_gate(finished: RunFolder, tmp
     path = run.stage_folder("30-quantize") / "pictures" / "china.safetensors"
     save_tensors({"quantized": load_tensors(path)["quantized"] * math.nan}, path)
     gates = make_report(run).artifact.figures()["gates"]
-    assert [gate["passed"] for gate in gates] == [True, True, False, True]
-    assert (gates[2]["where"], math.isnan(gates[2]["worst"])) == ("china", True)
+    assert [gate["passed"] for gate in gates] == [True, True, True, False, True]
+    assert (gates[3]["where"], math.isnan(gates[3]["worst"])) == ("china", True)
 
 
 def remove_pictures(run: RunFolder) -> None:

@@ -1,6 +1,7 @@
 """A finished run of small stages: every file is written by the artifact class that reads it, both contexts compiled."""
 
 import shutil
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from sdconvert.io.files import write_json_atomic
 from sdconvert.io.tensors import save_tensors
 from sdconvert.qnn.artifact import QnnArtifact
 from sdconvert.qnn.context import Context, compile_context
+from sdconvert.qnn.fidelity import BlockFidelity
 from sdconvert.soc import find_soc
 
 SOCS = ("SM8650", "SM8550")
@@ -117,7 +119,13 @@ def _write_qnn(run: RunFolder) -> list[Context]:
     }
     answer = {"ratio": 0.99, "gain": 0.985, "cosine": 0.995}
     responses = {"text": [answer, answer], "control": [answer | {"ratio": 1.02}]}
-    QnnArtifact.write(folder, contexts, {"graphs": figures, "pictures": {}, "responses": responses})
+    levels = {field.name: 51.5 + place for place, field in enumerate(fields(BlockFidelity)) if field.name != "block"}
+    rows = [{"block": block} | levels for block in ("conv_in", "mid_block", "conv_out")]
+    rows[1]["simulator_vs_quantized_db"] = 50.5
+    fidelity = {"unet": {SOCS[0]: rows}}
+    QnnArtifact.write(
+        folder, contexts, {"graphs": figures, "fidelity": fidelity, "pictures": {}, "responses": responses}
+    )
     return contexts
 
 
