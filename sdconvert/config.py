@@ -222,8 +222,18 @@ class ExportSection(_Section):
 
     opset: int = Field(default=21, ge=21)
     """ONNX operator set; 16-bit Q/DQ needs 21."""
+    targets: tuple[Literal["qdq_onnx", "qnn_context", "onnx_encodings", "dlc"], ...] = ("qdq_onnx", "qnn_context")
+    """The road's own two, and for users of the QAIRT SDK `onnx_encodings` (a graph without Q/DQ nodes and its encodings
+    file, in `50-export`) and `dlc` (beside each context)."""
     keys_as_rows: bool = True
     """Leave the transposition of attention's keys to the product with the queries: one Transpose less per head."""
+
+    @field_validator("targets")
+    @classmethod
+    def _with_the_road_s_own(cls, targets: tuple[str, ...]) -> tuple[str, ...]:
+        if missing := {"qdq_onnx", "qnn_context"} - set(targets):
+            raise ValueError(f"the road goes through {' and '.join(sorted(missing))}: add to them, do not replace them")
+        return targets
 
 
 class QnnSection(_Section):

@@ -155,3 +155,9 @@ def test_every_field_is_described_and_a_recipe_needs_no_torch() -> None:
 def test_adaround_is_off_or_on_with_what_is_said_of_it(overrides: list[str], samples: int | str | None) -> None:
     section = load_recipe("pasd_tiny", overrides).quantize.adaround
     assert (section.samples if section else "off") == samples
+
+
+def test_the_road_s_own_targets_cannot_be_left_out() -> None:
+    assert load_recipe("pasd_tiny", ["export.targets=[qdq_onnx, qnn_context, dlc]"]).export.targets[-1] == "dlc"
+    with pytest.raises(RecipeError, match="the road goes through qdq_onnx and qnn_context"):
+        load_recipe("pasd_tiny", ["export.targets=[dlc]"])

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from onnx import ModelProto, NodeProto
 
-from sdconvert.export.onnx_graph import TENSOR_KEY
+from sdconvert.export.marked import TENSOR_KEY
 
 
 @dataclass(frozen=True)

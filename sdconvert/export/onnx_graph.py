@@ -5,26 +5,20 @@ pair, or the integers of a weight with their DequantizeLinear. AIMET's own expor
 every quantizer and finds it again in the result: the same file, for several times the time.
 """
 
-import contextlib
-import io
-import logging
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import onnx_ir as ir
 import torch
 from onnx import ModelProto
-from torch import Tensor, nn
+from torch import Tensor
 
 from sdconvert.adapters import Tensors
 from sdconvert.errors import SdconvertError
+from sdconvert.export.marked import TENSOR_KEY, export_marked, finish, markers
 from sdconvert.io.encodings import Encoding
 from sdconvert.quantize.artifact import SECOND, Encodings, Simulation, WeightGrid
 
-_DOMAIN, _MARKER, _KEY = "sdconvert", "Quantizer", "key"
-TENSOR_KEY = "sdconvert.tensor"
-"""Metadata of a DequantizeLinear: the key of the simulation's tensor that it makes."""
 # What moves values has no quantizer of its own; the compiler wants a pair on both sides, with one grid.
 _MOVES = {"Expand", "Flatten", "Gather", "Pad", "Reshape", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze"}
 
@@ -46,52 +40,19 @@ def to_onnx(simulation: Simulation, example: Tensors, *, opset: int) -> ModelPro
         SdconvertError: The exporter lost a weight's place.
     """
     encodings = simulation.encodings()
-    marked = simulation.with_quantizers_as(_Marker)
-    inputs = tuple(example[name] for name in simulation.input_names)
-    # The exporter reports its progress on stdout, which belongs to our data.
-    with (
-        warnings.catch_warnings(action="ignore"),
-        contextlib.redirect_stdout(io.StringIO()),
-        _quiet(logging.getLogger("torch.onnx")),
-    ):
-        program = torch.onnx.export(
-            marked,
-            inputs,
-            dynamo=True,
-            opset_version=opset,
-            input_names=list(simulation.input_names),
-            output_names=list(simulation.output_names),
-            verbose=False,
-        )
-    assert program is not None  # for the type checker: dynamo=True returns one
-    graph = program.model.graph
-    for node in [node for node in graph if (node.domain, node.op_type) == (_DOMAIN, _MARKER)]:
-        _replace_marker(graph, node, encodings)
-    for node in [node for node in graph if node.op_type in _MOVES]:
-        _pass_grid_on(graph, node)
-    _drop_unread(graph)
-    program.model.opset_imports.pop(_DOMAIN, None)
-    return _bare(ir.serde.serialize_model(program.model))
+    model = export_marked(simulation, example, opset)
+    for key, marker in markers(model.graph):
+        _replace_marker(model.graph, marker, key, encodings)
+    for node in [node for node in model.graph if node.op_type in _MOVES]:
+        _pass_grid_on(model.graph, node)
+    return finish(model)
 
 
-class _Marker(nn.Module):
-    """Stands for a quantizer while the graph is exported."""
-
-    def __init__(self, key: str) -> None:
-        super().__init__()
-        self._key = key
-
-    def forward(self, tensor: Tensor) -> Tensor:
-        return torch.onnx.ops.symbolic(
-            f"{_DOMAIN}::{_MARKER}", (tensor,), {_KEY: self._key}, dtype=tensor.dtype, shape=tensor.shape, version=1
-        )
-
-
-def _replace_marker(graph: ir.Graph, marker: ir.Node, encodings: Encodings) -> None:
-    key, source = marker.attributes[_KEY].as_string(), marker.inputs[0]
+def _replace_marker(graph: ir.Graph, marker: ir.Node, key: str, encodings: Encodings) -> None:
+    source = marker.inputs[0]
     assert source is not None  # a marker has one input
     if source.is_initializer():
-        _store(graph, marker, source, encodings.parameters.get(key) or encodings.activations[key])
+        _store(graph, marker, key, encodings.parameters.get(key) or encodings.activations[key])
     elif key in encodings.parameters:
         raise SdconvertError(
             f"the exporter left `{key}` no tensor of its own",
@@ -159,11 +120,13 @@ def _pair(source: ir.Value, grid: Sequence[ir.Value | None], stem: str) -> list[
     return [quantize, dequantize]
 
 
-def _store(graph: ir.Graph, marker: ir.Node, source: ir.Value, entries: list[Encoding]) -> None:
+def _store(graph: ir.Graph, marker: ir.Node, key: str, entries: list[Encoding]) -> None:
     """Put a weight's, or another constant's, integers in a marker's place, transposed where they are read so."""
-    assert source.const_value is not None  # an initializer has a value
+    source = marker.inputs[0]
+    assert source is not None  # a marker has one input
+    assert source.const_value is not None  # and an initializer a value
     weight = torch.from_numpy(source.const_value.numpy())
-    name = _stem(graph, str(source.name), marker.attributes[_KEY].as_string())
+    name = _stem(graph, str(source.name), key)
     grid = WeightGrid.from_encodings(entries, weight.shape)
     codes, scale, zero_point, attributes = grid.codes(weight), grid.scale, grid.zero_point, {"axis": 0}
     if len(scale) == 1:
@@ -217,30 +180,3 @@ def _constant(graph: ir.Graph, name: str, value: Tensor, kind: ir.DataType) -> i
 
 def _integers(bits: int, signed: bool) -> ir.DataType:
     return ir.DataType[f"{'' if signed else 'U'}INT{bits}"]
-
-
-def _drop_unread(graph: ir.Graph) -> None:
-    """Remove weights in floating point whose integers are read instead."""
-    for name in [name for name, value in graph.initializers.items() if not value.uses()]:
-        del graph.initializers[name]
-
-
-def _bare(model: ModelProto) -> ModelProto:
-    """Without the exporting machine's paths, which it leaves in every node."""
-    for annotated in (model, *model.graph.node, *model.graph.value_info, *model.graph.input, *model.graph.output):
-        kept = [entry for entry in annotated.metadata_props if entry.key == TENSOR_KEY]
-        del annotated.metadata_props[:]
-        annotated.metadata_props.extend(kept)
-    del model.graph.metadata_props[:]
-    return model
-
-
-@contextlib.contextmanager
-def _quiet(logger: logging.Logger) -> Iterator[None]:
-    """The exporter warns of operators that it does not know."""
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import onnx
+from onnx import ModelProto
 
 from sdconvert.adapters import ModelAdapter, Tensors
 from sdconvert.artifacts import RunFolder
@@ -16,8 +17,10 @@ from sdconvert.export.artifact import ExportArtifact
 from sdconvert.export.bias_range import make_room_for_biases
 from sdconvert.export.block_biases import adapt_block_biases
 from sdconvert.export.blocks import cut_into_blocks
+from sdconvert.export.float_graph import to_float_onnx
 from sdconvert.export.onnx_graph import to_onnx
 from sdconvert.export.transposed_keys import take_keys_as_rows
+from sdconvert.io.encodings import write_encodings
 from sdconvert.io.files import write_json_atomic
 from sdconvert.metrics import worst_sqnr_db
 from sdconvert.mha2sha.artifact import Mha2ShaArtifact
@@ -67,11 +70,12 @@ def export_graph(recipe: Recipe, folder: RunFolder, out: Path, graph: str) -> tu
     make_room_for_biases(model)
     if recipe.export.keys_as_rows:
         take_keys_as_rows(model)
+    if "onnx_encodings" in recipe.export.targets:
+        _write_float_graph(simulation, inputs[0], recipe.export.opset, out / "onnx_encodings" / graph)
     blocks = cut_into_blocks(model, adapter.block_paths())
     leaving = dict.fromkeys(key for block in blocks for key in block.outputs)
     artifact.write_blocks(graph, blocks, simulation.boundary_tensors(inputs[0], leaving))
-    external = model.ByteSize() > _INLINE_BYTES
-    onnx.save(model, str(artifact.onnx(graph)), save_as_external_data=external, location=f"{graph}.onnx.data")
+    _save(model, artifact.onnx(graph))
     run_onnx = artifact.runner(graph)
     results = [run_onnx(one) for one in inputs]
     metrics = {
@@ -79,6 +83,18 @@ def export_graph(recipe: Recipe, folder: RunFolder, out: Path, graph: str) -> tu
         for what, references in (("simulation", simulated), ("fp32", fp32))
     }
     return metrics, dict(Counter(node.op_type for node in model.graph.node))
+
+
+def _write_float_graph(simulation: Simulation, example: Tensors, opset: int, stem: Path) -> None:
+    stem.parent.mkdir(exist_ok=True)
+    model, sections = to_float_onnx(simulation, example, opset=opset)
+    _save(model, stem.with_name(f"{stem.name}.onnx"))
+    write_encodings(stem.with_name(f"{stem.name}.encodings"), sections)
+
+
+def _save(model: ModelProto, path: Path) -> None:
+    external = model.ByteSize() > _INLINE_BYTES
+    onnx.save(model, str(path), save_as_external_data=external, location=f"{path.name}.data")
 
 
 def final_simulation(folder: RunFolder, adapter: ModelAdapter, example: Tensors) -> Simulation:

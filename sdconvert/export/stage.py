@@ -18,7 +18,8 @@ class ExportStage:
 
     def settings(self, recipe: Recipe) -> dict[str, Any]:
         """See `Stage.settings`."""
-        return {"export": recipe.export.model_dump(mode="json")}
+        targets = [target for target in recipe.export.targets if target != "dlc"]
+        return {"export": recipe.export.model_dump(mode="json") | {"targets": targets}}
 
     def inputs(self, recipe: Recipe) -> dict[str, Path]:
         """See `Stage.inputs`."""

@@ -53,11 +53,14 @@ class Context:
     peak_rss_bytes: int
 
 
-def compile_context(onnx: Path, out_dir: Path, soc: Soc, *, finalization_mode: FinalizationMode = 3) -> Context:
+def compile_context(
+    onnx: Path, out_dir: Path, soc: Soc, *, finalization_mode: FinalizationMode = 3, dlc: bool = False
+) -> Context:
     """Compile a Q/DQ ONNX graph into `<stem>_qnn.bin` and `<stem>.ctx.onnx`; the log becomes `<stem>.compile.log`.
 
     `<stem>.nodes.json` counts the nodes of the compiled graph by type. Graph inputs and outputs stay float32 NCHW under
-    their ONNX names. The binary and the EPContext model appear whole or not at all.
+    their ONNX names. With `dlc` the graph is also written as `<stem>.dlc`, for tools of the QAIRT SDK. The binary and
+    the EPContext model appear whole or not at all.
 
     Raises:
         UsageError: The graph file is missing, or the finalization mode is not one that computes right.
@@ -78,13 +81,16 @@ def compile_context(onnx: Path, out_dir: Path, soc: Soc, *, finalization_mode: F
         # The binary is named after this file, and the EPContext node refers to it by that bare name.
         built, result = work / f"{graph}.onnx", work / "result.json"
         paths = [str(path.absolute()) for path in (onnx, built, result)]
-        _run_worker([*paths, str(soc.soc_model), str(finalization_mode)], log, onnx, soc)
+        dlcs = [str((work / f"{graph}.dlc").absolute())] if dlc else []
+        _run_worker([*paths, str(soc.soc_model), str(finalization_mode), *dlcs], log, onnx, soc)
         binary = work / f"{graph}_qnn.bin"
         info = read_context_info(binary)
         check_context_info(info, soc, binary.name)
         inputs, outputs, left = _read_ctx_onnx(built)
         if left:
             raise CompileError(f"{soc.name} leaves {len(left)} nodes of `{onnx.name}` on the CPU: {', '.join(left)}")
+        for path in map(Path, dlcs):
+            path.replace(out_dir / path.name)
         binary.replace(out_dir / binary.name)
         built.replace(out_dir / f"{graph}.ctx.onnx")
         figures = json.loads(result.read_text())

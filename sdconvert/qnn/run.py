@@ -38,10 +38,10 @@ def _compile(context: StageContext) -> list[Context]:
     exported = ExportArtifact(context.run.stage_folder("50-export"))
     socs = [find_soc(name) for name in dict.fromkeys(context.recipe.qnn.socs)]
     graphs = exported.graphs()
-    mode = context.recipe.qnn.finalization_mode
+    mode, dlc = context.recipe.qnn.finalization_mode, "dlc" in context.recipe.export.targets
 
     def compile_one(graph: str, soc: Any) -> Context:
-        return compile_context(exported.onnx(graph), context.out / soc.name, soc, finalization_mode=mode)
+        return compile_context(exported.onnx(graph), context.out / soc.name, soc, finalization_mode=mode, dlc=dlc)
 
     tasks: list[Task] = [(compile_one, (graph, soc)) for soc in socs for graph in graphs]
     contexts: dict[int, Context] = {}

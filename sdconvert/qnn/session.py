@@ -48,6 +48,21 @@ def compiling_session(onnx: Path, ctx_onnx: Path, soc_model: int, finalization_m
     return _session(onnx, entries, provider)
 
 
+def dlc_session(onnx: Path, soc_model: int, folder: Path) -> Any:
+    """Write the graph that would be compiled for a SoC as a DLC below a folder; such a session has no context."""
+    _devices()
+    import onnxruntime_qnn
+
+    provider = {
+        "soc_model": str(soc_model),
+        "offload_graph_io_quantization": "0",
+        "dump_qnn_ir_dlc": "1",
+        "dump_qnn_ir_dlc_dir": str(folder),
+        "qnn_ir_backend_path": str(Path(onnxruntime_qnn.get_library_path()).with_name("libQnnIr.so")),
+    }
+    return _session(onnx, {}, provider)
+
+
 def context_session(ctx_onnx: Path) -> Any:
     """Load a compiled context for execution; on a host without an NPU that is the simulator.
 

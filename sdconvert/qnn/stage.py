@@ -19,7 +19,8 @@ class QnnStage:
     def settings(self, recipe: Recipe) -> dict[str, Any]:
         """See `Stage.settings`."""
         gates = recipe.gates.model_dump(exclude={"image_psnr_db"})
-        return {"qnn": recipe.qnn.model_dump(mode="json"), "gates": gates}
+        targets = [target for target in recipe.export.targets if target == "dlc"]
+        return {"qnn": recipe.qnn.model_dump(mode="json"), "export": {"targets": targets}, "gates": gates}
 
     def inputs(self, recipe: Recipe) -> dict[str, Path]:
         """See `Stage.inputs`."""

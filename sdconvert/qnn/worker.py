@@ -1,4 +1,4 @@
-"""One compile in a process of its own: `python -m sdconvert.qnn.worker ONNX CTX_ONNX RESULT SOC_MODEL MODE`.
+"""One compile in a process of its own: `python -m sdconvert.qnn.worker ONNX CTX_ONNX RESULT SOC_MODEL MODE [DLC]`.
 
 QNN logs to both standard streams, keeps gigabytes until the process ends, and names the nodes that it refuses only in
 its log; a process gives the log a file, the memory back and a peak that belongs to this graph alone.
@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 from sdconvert.qnn.nodes import count_nodes
-from sdconvert.qnn.session import compiling_session
+from sdconvert.qnn.session import compiling_session, dlc_session
 
 
 def _peak_rss_bytes() -> int:
@@ -24,14 +24,19 @@ def _peak_rss_bytes() -> int:
 
 def main(arguments: list[str]) -> None:
     """Compile as told and write `{"seconds", "peak_rss_bytes", "nodes"}` as JSON to RESULT; paths are absolute."""
-    onnx, ctx_onnx, result, soc_model, mode = arguments
+    onnx, ctx_onnx, result, soc_model, mode, *dlc = arguments
     start = time.perf_counter()
     # The graph's name inside of the context is a hash of the path as given: a bare name gives the same bytes anywhere.
     os.chdir(Path(onnx).parent)
     with tempfile.TemporaryDirectory(dir=Path(result).parent) as graphs:
-        compiling_session(Path(Path(onnx).name), Path(ctx_onnx), int(soc_model), int(mode), Path(graphs))
+        name, folder = Path(Path(onnx).name), Path(graphs)
+        compiling_session(name, Path(ctx_onnx), int(soc_model), int(mode), folder)
         figures = {"seconds": time.perf_counter() - start, "peak_rss_bytes": _peak_rss_bytes()}
-        nodes = count_nodes(Path(graphs))
+        nodes = count_nodes(folder)
+        for path in dlc:
+            dlc_session(name, int(soc_model), folder)
+            (written,) = folder.glob("*.dlc")
+            written.replace(path)
     Path(result).write_text(json.dumps({**figures, "nodes": nodes}))
 
 

@@ -1,5 +1,6 @@
 """Compiling with Qualcomm's own compiler: what comes out, what is refused, and in which words."""
 
+import zipfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -50,6 +51,16 @@ def test_files_figures_and_nothing_else(compiled: Compiled) -> None:
     assert not list(context.bin.parent.glob(".partial-*"))
     assert 0 < context.seconds < 60
     assert 50e6 < context.peak_rss_bytes < 2e9
+
+
+def test_a_dlc_of_the_same_graph_is_written_on_demand(compiled: Compiled, tmp_path: Path) -> None:
+    graph = conv_silu_conv(tmp_path / "conv.onnx")
+    context = compile_context(graph, tmp_path / "out", find_soc("SM8650"), dlc=True)
+    assert sha256_file(context.bin) == sha256_file(compiled("conv", "SM8650").bin)
+    with zipfile.ZipFile(tmp_path / "out/conv.dlc") as archive:
+        sizes = {entry.filename: entry.file_size for entry in archive.infolist()}
+    assert sizes["model.params.bin"] > 2 * 4 * 4 * 9
+    assert not list(compiled("conv", "SM8650").bin.parent.glob("*.dlc"))
 
 
 def test_compiling_elsewhere_gives_the_same_bytes(compiled: Compiled, tmp_path: Path) -> None:
