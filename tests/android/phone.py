@@ -20,10 +20,11 @@ from adb_sync import SyncService
 _FEATURES = ("shell_v2", "cmd", "fixed_push_mkdir")
 _NEWER_FEATURES = ("stat_v2", "ls_v2", "sendrecv_v2")
 # What Android has on its PATH; anything else must not be found.
-_COMMANDS = (
+_COMMANDS = re.findall(
+    r"\S+",
     "[ cat chmod cp cut date dirname du echo expr false find grep head id kill ln ls mkdir mv nice printf ps pwd rm "
-    "rmdir sed sha256sum sleep sort stat sync tail test touch true uname wc xargs"
-).split()
+    "rmdir sed sha256sum sleep sort stat sync tail test touch true uname wc xargs",
+)
 _MAPPED = re.compile(r"(?<![\w./-])/(?=data/local/tmp\b|sys/devices/)")
 BATTERY = "Current Battery Service state:\n  AC powered: false\n  USB powered: true\n  level: 83\n  temperature: 291\n"
 THERMAL = (
@@ -134,9 +135,8 @@ class Phone:
             )
 
     def _told(self, event: str, what: str, nbytes: int) -> None:
-        if event == "data":
-            if self.capacity is not None and self._used() >= self.capacity:
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        if event == "data" and self.capacity is not None and self._used() >= self.capacity:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         for trap in [trap for trap in self.traps if trap.springs(event, what, nbytes)]:
             self.traps.remove(trap)
             trap.action()
@@ -157,10 +157,8 @@ class Phone:
         binaries.joinpath("sh").symlink_to(shutil.which("mksh") or "/bin/sh")
         self._script("getprop", 'read -r value <"$RIG/$1" && echo "$value"')
         self._script("dumpsys", 'cat "$RIG/dumpsys-$1"')
-        self._script(
-            "df",
-            f'if [ -f "$RIG/df" ]; then cat "$RIG/df"; else exec {toybox and f"{toybox} df" or "/bin/df"} "$@"; fi',
-        )
+        real_df = f"{toybox} df" if toybox else "/bin/df"
+        self._script("df", f'if [ -f "$RIG/df" ]; then cat "$RIG/df"; else exec {real_df} "$@"; fi')
 
     def _script(self, name: str, text: str) -> None:
         script = self.path(f"/system/bin/{name}")
