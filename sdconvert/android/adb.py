@@ -119,7 +119,9 @@ class Adb:
             DeviceLostError: The answer is not whole.
             DeviceTimeoutError: It did not end in time.
         """
-        done = self.call("shell", f"({command}\n); echo sdconvert-exit=$?", timeout_s=timeout_s, doing=doing)
+        # When the connection ends, adbd hangs up on the outer shell alone; what it runs has to be told.
+        script = f"({command}\n) & p=$!; trap 'kill -HUP $p; exit 129' HUP; wait $p; echo sdconvert-exit=$?"
+        done = self.call("shell", script, timeout_s=timeout_s, doing=doing)
         end = _END.search(done.stdout)
         if not end:
             raise self.lost(doing, done)
@@ -170,7 +172,7 @@ class Adb:
         """Make the error for an answer that is not whole."""
         if "unauthorized" in done.stderr:
             return DeviceError(f"{self._name} no longer allows this computer in", hint="accept the dialog on the phone")
-        said = _shown(done.stderr) or f"adb ended with {done.returncode}"
+        said = _shown(done.stderr) if done.stderr.strip() else f"adb ended with {done.returncode}"
         return DeviceLostError(
             f"the connection to {self._name} broke while {doing} ({said}){_last_line(done.stdout)}", hint=_AGAIN
         )
@@ -181,9 +183,13 @@ class Adb:
                 f"{self._name} ran out of space while {doing}",
                 hint="free some space on the phone and run the same command again: it goes on from there",
             )
-        if _GONE.search(said):
+        if _GONE.search(said) or not self._answers():
             return DeviceLostError(f"the connection to {self._name} broke while {doing} ({_shown(said)})", hint=_AGAIN)
         return DeviceError(f"{self._name} refused while {doing}: {_shown(said)}", hint="the text is the device's own")
+
+    def _answers(self) -> bool:
+        # A pull that breaks off may end without a word of why.
+        return self.call("get-state", timeout_s=10, doing="its state was asked for").stdout.strip() == "device"
 
     @property
     def _name(self) -> str:
@@ -196,9 +202,10 @@ def quoted(*words: str) -> str:
 
 
 def _shown(said: str) -> str:
-    lines = [line.strip() for line in said.splitlines() if line.strip()]
+    # Progress, `[ 42%] name`, says nothing of what went wrong.
+    lines = [line.strip() for line in said.splitlines() if line.strip() and not line.startswith("[")]
     errors = [line for line in lines if "error" in line.lower()]
-    return (errors or lines or [""])[0]
+    return (errors or lines or ["it does not say why"])[0]
 
 
 def _last_line(output: str | bytes | None) -> str:

@@ -48,6 +48,7 @@ def serve_shell(
             while data := os.read(pipe.fileno(), 65536):
                 heard(data.decode(errors="replace"))
                 send(kind, data)
+        pipe.close()
 
     pipes = [(_STDOUT, process.stdout), (_STDERR, process.stderr)]
     pumps = [threading.Thread(target=pump, args=(kind, pipe), daemon=True) for kind, pipe in pipes if pipe]
