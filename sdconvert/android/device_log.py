@@ -3,6 +3,7 @@
 import re
 
 _KNOWN = (
+    (r"No space left on device", "the phone's storage is full: free some space"),
     (
         r"0x80000406|Unable to load Skel Library|err(or)? 1008\b",
         "the Hexagon library was not found or is of another build: lib/ needs the Skel of this phone's architecture, "

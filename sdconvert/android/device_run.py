@@ -11,6 +11,7 @@ from math import prod
 from pathlib import Path
 
 from sdconvert.android.adb import Adb, quoted
+from sdconvert.android.device import free_bytes
 from sdconvert.android.device_log import explain_log
 from sdconvert.android.manifest import Manifest
 from sdconvert.android.push import LocalFile, local_file
@@ -20,6 +21,8 @@ from sdconvert.io.files import atomic_folder
 _SCRIPT = "run.sh"
 _SHORT_S = 30.0
 _SLOWEST = 2_000_000
+_CANNOT_WRITE = 9
+"""Exit code of run.sh when even its status cannot be written."""
 _AGAIN = "run the same command again"
 
 
@@ -135,8 +138,12 @@ def _check_whole(manifest: Manifest, soc: str, status: RunStatus) -> None:
 
 def _failure(adb: Adb, remote: str, last: str, said: str, code: int) -> DeviceError:
     name = f"device `{adb.serial}`"
-    if "No space left on device" in said:
-        return DeviceFullError(f"{name} ran out of space after `{last or 'the start'}`", hint=f"free some and {_AGAIN}")
+    if code == _CANNOT_WRITE:
+        free = free_bytes(adb, remote) / 1e6
+        return DeviceFullError(
+            f"{name} could not write below {remote}/out after `{last or 'the start'}`; {free:.1f} MB are free there",
+            hint=f"free some space on the phone and {_AGAIN}",
+        )
     match last.split():
         case ["fail", step, why, *detail]:
             return _told_failure(adb, remote, step, why, detail)

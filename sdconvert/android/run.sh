@@ -12,7 +12,7 @@ shift 4
 cd "${0%/*}" || exit 9
 out=../out
 runner=./bin/qnn-net-run
-lines="run $run" step=start child=
+lines="run $run" step=start child= watcher=
 
 say() {
   lines="$lines
@@ -29,7 +29,8 @@ fail() {
 hangup() {
   # The cable was pulled or the caller gave up: adbd tells this shell alone, and the runner would go on for ever.
   trap '' HUP TERM PIPE
-  [ -n "$child" ] && kill -9 "$child" 2>/dev/null
+  [ -n "$watcher" ] && kill "$watcher" 2>/dev/null
+  [ -n "$child" ] && kill -9 "$child" 2>/dev/null && wait "$child"
   fail hangup >/dev/null 2>&1
 }
 
@@ -66,6 +67,7 @@ guarded() {
   code=$?
   child=
   kill "$watcher" 2>/dev/null
+  watcher=
   peak_kb=0
   [ -f "$out/peak" ] && read -r peak_kb <"$out/peak"
   [ -f "$out/hung" ] && fail "hung $limit"

@@ -112,7 +112,7 @@ class SyncService:
         self._told("send", path, 0)
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
-            file = target.open("wb")
+            file = target.open("wb", buffering=0)
         except OSError as error:
             file, problem = None, f"couldn't create file: {error.strerror}"
         while True:
@@ -124,9 +124,9 @@ class SyncService:
             if file and not problem:
                 try:
                     self._told("data", path, written)
-                    file.write(data)
-                    file.flush()
-                    written += len(data)
+                    while data:
+                        count = file.write(data)
+                        data, written = data[count:], written + count
                 except OSError as error:
                     problem = f"write failed: {error.strerror}"
         if file:

@@ -108,10 +108,12 @@ class Phone:
 
     def running(self) -> bool:
         """Tell whether anything that was started in the device's shell still runs."""
-        for process in self._processes:
-            with suppress(ProcessLookupError):
-                os.killpg(process, 0)
-                return True
+        for entry in Path("/proc").glob("[0-9]*/stat"):
+            with suppress(OSError):
+                # After the name, which may hold spaces: state, parent, process group.
+                state, _, group = entry.read_text().rpartition(")")[2].split()[:3]
+                if int(group) in self._processes and state != "Z":
+                    return True
         return False
 
     def serve(self, service: str, stream: Stream) -> None:
