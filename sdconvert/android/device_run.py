@@ -13,9 +13,9 @@ from pathlib import Path
 from sdconvert.android.adb import Adb, quoted
 from sdconvert.android.device import free_bytes
 from sdconvert.android.device_log import explain_log
-from sdconvert.android.manifest import Manifest
+from sdconvert.android.manifest import GraphRecord, Manifest
 from sdconvert.android.push import LocalFile, local_file
-from sdconvert.errors import DeviceError, DeviceFullError, DeviceLostError, DeviceTimeoutError
+from sdconvert.errors import DeviceError, DeviceFullError, DeviceLostError, DeviceTimeoutError, UsageError
 from sdconvert.io.files import atomic_folder
 
 _SCRIPT = "run.sh"
@@ -63,12 +63,13 @@ def run_bundle(adb: Adb, manifest: Manifest, soc: str, remote: str, *, inference
         limit_s: Seconds after which a runner counts as hung.
 
     Raises:
+        UsageError: A graph has inputs of several types.
         DeviceTimeoutError: A runner, or the phone, hung.
         DeviceLostError: The connection broke.
         DeviceFullError: The phone ran out of space.
         DeviceError: A step failed, or its results are not whole.
     """
-    graphs = [graph.name for graph in manifest.graphs if graph.soc == soc]
+    graphs = [_argument(graph) for graph in manifest.graphs if graph.soc == soc]
     run = secrets.token_hex(8)
     command = quoted("sh", f"{remote}/bundle/{_SCRIPT}", run, soc, str(limit_s), str(inferences), *graphs)
     timeout_s = 2 * _SHORT_S + limit_s * (1 + 2 * len(graphs))
@@ -101,6 +102,17 @@ def pull_results(adb: Adb, remote: str, status: RunStatus, folder: Path) -> None
         for step in status.steps:
             if step.name == "accuracy":
                 _check_pulled(adb, work, step.figures)
+
+
+def _argument(graph: GraphRecord) -> str:
+    """Name a graph for run.sh; the runner takes all its inputs as float32, or all in the graph's own type."""
+    types = {tensor.dtype for tensor in graph.inputs}
+    if len(types) > 1:
+        raise UsageError(
+            f"graph `{graph.name}` has inputs of types {', '.join(sorted(types))}",
+            hint="the runner on the phone reads all inputs of a graph in one way: split the graph",
+        )
+    return f"{graph.name}:native" if types == {"int32"} else graph.name
 
 
 def _check_pulled(adb: Adb, folder: Path, told: dict[str, str]) -> None:

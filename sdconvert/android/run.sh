@@ -1,7 +1,9 @@
 #!/system/bin/sh
 # Runs the graphs of a pushed bundle: check, env, accuracy, latency, done.
 #
-#   sh run.sh RUN SOC LIMIT_S INFERENCES GRAPH...
+#   sh run.sh RUN SOC LIMIT_S INFERENCES GRAPH[:native]...
+#
+# A graph's input files hold float32, which the runner converts; after `:native` they hold the graph's own type.
 #
 # ../out/status has one line per step, is replaced whole after each, and ends with `done` or `fail STEP WHY DETAIL`.
 # Whatever the shell's caller sees of this script's exit code or output, only that file counts. It is written for mksh
@@ -107,13 +109,19 @@ env_step() {
   say "env ok"
 }
 
-# Runs graph $2 in step $1 with the input list $3 and further options of the runner.
+# Sets graph to the name of graph argument $1, and native to the option for its inputs.
+parse() {
+  graph=${1%:native} native=
+  [ "$graph" = "$1" ] || native=--use_native_input_files
+}
+
+# Runs the graph in step $1 with the input list $2 and further options of the runner.
 run_graph() {
-  folder=$out/$1/$2 log=$out/$1-$2.log graph=$2 list=$3
-  shift 3
+  folder=$out/$1/$graph log=$out/$1-$graph.log list=$2
+  shift 2
   mkdir -p "$folder" || fail "no_space $folder"
   guarded "$log" "$runner" --backend lib/libQnnHtp.so --retrieve_context "models/$soc/${graph}_qnn.bin" \
-    --input_list "$list" --output_dir "$folder" --log_level warn "$@"
+    --input_list "$list" --output_dir "$folder" --log_level warn $native "$@"
   [ "$code" = 0 ] || fail "runner_failed $graph $code"
 }
 
@@ -130,9 +138,10 @@ say "begin env"
 env_step
 
 step=accuracy
-for graph; do
+for argument; do
+  parse "$argument"
   say "begin accuracy graph=$graph"
-  run_graph accuracy "$graph" "input_list_$graph.txt"
+  run_graph accuracy "input_list_$graph.txt"
   results=0
   for folder in "$out/accuracy/$graph"/Result_*; do
     [ -d "$folder" ] && results=$((results + 1))
@@ -142,11 +151,12 @@ for graph; do
 done
 
 step=latency
-for graph; do
+for argument; do
+  parse "$argument"
   say "begin latency graph=$graph"
   read -r first <"input_list_$graph.txt"
   echo "$first" >"$out/first_$graph.txt"
-  run_graph latency "$graph" "$out/first_$graph.txt" \
+  run_graph latency "$out/first_$graph.txt" \
     --perf_profile burst --profiling_level basic --num_inferences "$inferences" --keep_num_outputs 1
   measure "$out/latency/$graph"/qnn-profiling-data_*.log
   [ "$bytes" -gt 0 ] || fail "no_profile $graph"

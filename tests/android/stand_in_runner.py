@@ -22,18 +22,22 @@ def main() -> None:
     parser.add_argument("--keep_num_outputs", type=int)
     for name in ("--backend", "--log_level", "--perf_profile", "--profiling_level"):
         parser.add_argument(name)
+    parser.add_argument("--use_native_input_files", action="store_true")
     options = parser.parse_args()
     # The real runner takes the binary alone; ONNX Runtime wants the model around it, which lies beside it.
     binary = options.retrieve_context
     session = context_session(binary.with_name(binary.name.replace("_qnn.bin", ".ctx.onnx")))
-    shapes = {value.name: value.shape for value in session.get_inputs()}
+    inputs = {value.name: (value.shape, "<i4" if "int32" in value.type else "<f4") for value in session.get_inputs()}
     outputs = [value.name for value in session.get_outputs()]
     lines = options.input_list.read_text().splitlines()
     count = options.num_inferences or len(lines)
     rows = ["Msg Timestamp,Message,Time,Unit of Measurement,Timing Source,Event Level,Event Identifier"]
     for index in range(count):
         named = (word.split(":=") for word in lines[index % len(lines)].split())
-        feed = {name: np.fromfile(path, "<f4").reshape(shapes[name]) for name, path in named}
+        feed = {}
+        for name, path in named:
+            shape, own = inputs[name]
+            feed[name] = np.fromfile(path, own if options.use_native_input_files else "<f4").reshape(shape).astype(own)
         begin = time.perf_counter()
         values = session.run(outputs, feed)
         microseconds = int((time.perf_counter() - begin) * 1e6)

@@ -20,6 +20,7 @@ from sdconvert.errors import (
     DeviceLostError,
     DeviceTimeoutError,
     EnvironmentProblem,
+    UsageError,
 )
 
 REMOTE = "/data/local/tmp/sdconvert"
@@ -246,3 +247,32 @@ def test_results_of_another_run_are_refused(bench: Bench, tmp_path: Path) -> Non
     with pytest.raises(DeviceError, match="are of another run"):
         pull_results(bench.adb, REMOTE, status, tmp_path / "results")
     assert not (tmp_path / "results").exists()
+
+
+def with_dtypes(manifest: Manifest, *dtypes: str) -> Manifest:
+    """Return the manifest with other types for the inputs of its graphs."""
+    changed = [
+        graph.model_copy(
+            update={
+                "inputs": tuple(
+                    tensor.model_copy(update={"dtype": dtype})
+                    for tensor, dtype in zip(graph.inputs, dtypes, strict=True)
+                )
+            }
+        )
+        for graph in manifest.graphs
+    ]
+    return manifest.model_copy(update={"graphs": tuple(changed)})
+
+
+def test_token_ids_are_not_read_as_numbers(bench: Bench) -> None:
+    bench.runner(f'echo "$@"\n{QUICK}')
+    bench.push_and_run()
+    log = bench.phone.path(f"{REMOTE}/out/accuracy-gate.log")
+    assert "--use_native_input_files" not in log.read_text()
+    bench.manifest = with_dtypes(bench.manifest, "int32", "int32")
+    bench.run()
+    assert "--log_level warn --use_native_input_files" in log.read_text()
+    bench.manifest = with_dtypes(bench.manifest, "int32", "float32")
+    with pytest.raises(UsageError, match="graph `gate` has inputs of types float32, int32"):
+        bench.run()
