@@ -19,8 +19,6 @@ from sdconvert.android.scores import read_profile, read_raw
 from sdconvert.errors import DeviceError, EnvironmentProblem
 
 Graph = Callable[[Mapping[str, torch.Tensor]], dict[str, torch.Tensor]]
-WARM_UP = 10
-"""Inferences before those that count: the first ones power the DSP up."""
 _VIEWER_S = 120
 
 
@@ -104,6 +102,7 @@ class PhoneRunner:
         viewer: `qnn-profile-viewer` of the same SDK, for this computer.
         remote: Folder on the phone.
         limit_s: Seconds after which a runner counts as hung.
+        warm_up: Inferences before those that count; the first ones power the DSP up.
         pushed: What the last push did.
     """
 
@@ -114,6 +113,7 @@ class PhoneRunner:
     viewer: Path | None
     remote: str
     limit_s: int = 600
+    warm_up: int = 10
     name: str = "qnn-net-run"
     is_device: bool = True
     pushed: PushReport | None = None
@@ -128,7 +128,7 @@ class PhoneRunner:
         wanted = {**device_files(bundle, manifest, self.soc), **run_script(), **self.files}
         self.pushed = push(self.adb, wanted, self.remote)
         status = run_bundle(
-            self.adb, manifest, self.soc, self.remote, inferences=inferences + WARM_UP, limit_s=self.limit_s
+            self.adb, manifest, self.soc, self.remote, inferences=inferences + self.warm_up, limit_s=self.limit_s
         )
         runs = {}
         with tempfile.TemporaryDirectory(prefix="sdconvert-") as scratch:
@@ -136,7 +136,7 @@ class PhoneRunner:
             pull_results(self.adb, self.remote, status, results)
             for graph in graphs_of(manifest, self.soc):
                 profile = self._profile(results / "latency" / graph.name / "qnn-profiling-data_0.log")
-                times = read_profile(profile, "QNN (execute) time")[WARM_UP:]
+                times = read_profile(profile, "QNN (execute) time")[self.warm_up :]
                 if len(times) != inferences:
                     raise DeviceError(
                         f"the profile of graph `{graph.name}` has {len(times)} times, not {inferences}",

@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import signal
+import sys
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -95,6 +96,16 @@ class Phone:
     def trap(self, event: str, pattern: str, action: Callable[[], None], *, after: int = 0) -> None:
         """Have a fault happen once: at `send`, `data`, `recv` of a path, at a `shell` command, or at its `output`."""
         self.traps.append(Trap(event, pattern, action, after))
+
+    def stand_in_runner(self, folder: Path) -> Path:
+        """Write the stand-in for `qnn-net-run`, which runs contexts in the simulator on this computer."""
+        script, root = Path(__file__).with_name("stand_in_runner.py"), Path(__file__).parents[2]
+        runner = folder / "qnn-net-run"
+        runner.write_text(
+            f"#!{self.path('/system/bin/sh')}\n[ $1 != --version ] || exit 0\n"
+            f'PYTHONPATH={root} exec {sys.executable} {script} "$@"\n'
+        )
+        return runner
 
     def unplug(self) -> None:
         self.daemon.unplug()

@@ -3,7 +3,6 @@
 import json
 import math
 import re
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,7 +14,7 @@ from sdconvert.android.bench import bench, bench_columns, bench_rows
 from sdconvert.android.device import ask_phone
 from sdconvert.android.manifest import Manifest
 from sdconvert.android.push import local_file
-from sdconvert.android.runners import WARM_UP, PhoneRunner, SimulatorRunner
+from sdconvert.android.runners import PhoneRunner, SimulatorRunner
 from sdconvert.android.scores import accuracy_figures, latency_figures, read_profile
 from sdconvert.android.verify import verify_bundle
 from sdconvert.cli.app import main
@@ -49,21 +48,16 @@ def test_the_simulator_scores_as_recorded_and_claims_no_latency(
 def test_a_phone_scores_as_the_simulator_it_runs(rig: Rig, bundle: Path, manifest: Manifest, tmp_path: Path) -> None:
     phone = rig.phone()
     adb = Adb(rig.binary, phone.daemon.serial)
-    root, stand_in = Path(__file__).parents[2], Path(__file__).with_name("stand_in_runner.py")
-    (tmp_path / "qnn-net-run").write_text(
-        f"#!{phone.path('/system/bin/sh')}\n[ $1 != --version ] || exit 0\n"
-        f'PYTHONPATH={root} exec {sys.executable} {stand_in} "$@"\n'
-    )
     files = {
-        "bin/qnn-net-run": local_file(tmp_path / "qnn-net-run"),
+        "bin/qnn-net-run": local_file(phone.stand_in_runner(tmp_path)),
         "models/SM8650/gate.ctx.onnx": local_file(bundle / "models/SM8650/gate.ctx.onnx"),
     }
-    runner = PhoneRunner(adb, ask_phone(adb, REMOTE), "SM8650", files, None, REMOTE)
+    runner = PhoneRunner(adb, ask_phone(adb, REMOTE), "SM8650", files, None, REMOTE, warm_up=2)
     result = bench(bundle, manifest, runner, tmp_path / "out", 5)
+    assert "inferences=7" in phone.path(f"{REMOTE}/out/status").read_text()
     [graph] = result["graphs"]
     assert graph["outputs"]["out_sample"]["vs_simulator"]["bit_equal"]
     assert (graph["latency"]["QNN execute"]["n"], len(graph["latency"]["QNN execute"]["samples_ms"])) == (5, 5)
-    assert WARM_UP == 10
     assert graph["peak_kb"] > 10_000
     assert (result["device"]["model"], result["device"]["soc"], result["is_device"]) == ("Rig", "SM8650", True)
     assert bench_columns(result)[1] == "p50 ms"

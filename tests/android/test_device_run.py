@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -79,8 +78,7 @@ def bench(rig: Rig, bundle: Path, tmp_path: Path) -> Bench:
 
 
 def test_the_simulator_behind_adb_answers_as_recorded_when_packaged(bench: Bench, tmp_path: Path) -> None:
-    root, stand_in = Path(__file__).parents[2], Path(__file__).with_name("stand_in_runner.py")
-    bench.runner(f'PYTHONPATH={root} exec {sys.executable} {stand_in} "$@"')
+    bench.phone.stand_in_runner(tmp_path)
     bench.push()
     # A phone needs the context alone.
     epcontext = bench.bundle / "models/SM8650/gate.ctx.onnx"
