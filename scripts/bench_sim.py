@@ -1,7 +1,7 @@
 """Benchmark a bundle behind adb without a phone: real adb, a daemon on loopback, run.sh, and the HTP simulator.
 
 Every answer has to be bit-equal to the simulator's when the bundle was written. Times are this computer's.
-Run by `make bench-sim`, which has tests/android on PYTHONPATH; needs nothing but the development packages, and no network.
+Run by `make bench-sim`, which has tests/android on PYTHONPATH; needs the development packages, and no network.
 """
 
 import argparse

@@ -107,7 +107,10 @@ class SyncService:
         self._receive_file(path, mode)
 
     def _receive_file(self, path: str, mode: int) -> None:
-        """Write what the client pushes; after an error the rest is read and dropped, as adbd does."""
+        """Write what the client pushes; after an error the rest is read and dropped, as adbd does.
+
+        When the connection ends in the middle, half a file stays, as when adbd itself is killed.
+        """
         target, problem, written = self._host_path(path), "", 0
         self._told("send", path, 0)
         try:

@@ -130,6 +130,19 @@ def test_a_pulled_cable_leaves_nothing_half_valid_and_the_next_run_goes_on(pushe
         assert told.sent_bytes == 0
 
 
+def test_a_bundle_that_is_being_replaced_is_not_complete_meanwhile(pushed: Pushed) -> None:
+    pushed.push()
+    flip(pushed.folder / "inputs/gate-china/latent.raw")
+    pushed.phone.trap("send", "latent", pushed.phone.unplug)
+    with pytest.raises(DeviceLostError):
+        pushed.push()
+    assert "inputs/gate-china/latent.raw" in pushed.there()
+    assert "manifest.json" not in pushed.there()
+    pushed.rig.replug(pushed.phone)
+    assert pushed.push().sent_files == 2
+    assert pushed.is_complete()
+
+
 def wanted_sums(pushed: Pushed) -> set[str]:
     sums = {file.sha256 for file in pushed.files().values()}
     text = "".join(f"{file.sha256}  {name}\n" for name, file in sorted(pushed.files().items()))
