@@ -133,7 +133,7 @@ def test_a_pulled_cable_leaves_nothing_half_valid_and_the_next_run_goes_on(pushe
 def test_a_bundle_that_is_being_replaced_is_not_complete_meanwhile(pushed: Pushed) -> None:
     pushed.push()
     flip(pushed.folder / "inputs/gate-china/latent.raw")
-    pushed.phone.trap("send", "latent", pushed.phone.unplug)
+    pushed.phone.trap("shell", r"mkdir -p \.incoming", pushed.phone.unplug)
     with pytest.raises(DeviceLostError):
         pushed.push()
     assert "inputs/gate-china/latent.raw" in pushed.there()
