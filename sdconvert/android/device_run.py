@@ -71,7 +71,8 @@ def run_bundle(adb: Adb, manifest: Manifest, soc: str, remote: str, *, inference
     """
     graphs = [_argument(graph) for graph in manifest.graphs if graph.soc == soc]
     run = secrets.token_hex(8)
-    command = quoted("sh", f"{remote}/bundle/{_SCRIPT}", run, soc, str(limit_s), str(inferences), *graphs)
+    # In place of the shell that adb starts, which is the one that hears of a lost connection.
+    command = "exec " + quoted("sh", f"{remote}/bundle/{_SCRIPT}", run, soc, str(limit_s), str(inferences), *graphs)
     timeout_s = 2 * _SHORT_S + limit_s * (1 + 2 * len(graphs))
     answer = adb.shell(command, timeout_s=timeout_s, doing="the graphs were run")
     told = adb.shell(quoted("cat", f"{remote}/out/status"), timeout_s=_SHORT_S, doing="the status was read").out
