@@ -14,7 +14,7 @@ from sdconvert.android.adb import Adb
 from sdconvert.android.device import Phone
 from sdconvert.android.device_run import pull_results, run_bundle, run_script
 from sdconvert.android.manifest import GraphRecord, Manifest
-from sdconvert.android.push import LocalFile, PushReport, device_files, push
+from sdconvert.android.push import LocalFile, device_files, push
 from sdconvert.android.scores import read_profile, read_raw
 from sdconvert.errors import DeviceError, EnvironmentProblem
 
@@ -103,7 +103,6 @@ class PhoneRunner:
         remote: Folder on the phone.
         limit_s: Seconds after which a runner counts as hung.
         warm_up: Inferences before those that count; the first ones power the DSP up.
-        pushed: What the last push did.
     """
 
     adb: Adb
@@ -116,7 +115,6 @@ class PhoneRunner:
     warm_up: int = 10
     name: str = "qnn-net-run"
     is_device: bool = True
-    pushed: PushReport | None = None
 
     def run(self, bundle: Path, manifest: Manifest, inferences: int) -> BundleRun:
         """See `Runner`; pushes the bundle first.
@@ -126,7 +124,7 @@ class PhoneRunner:
             EnvironmentProblem: A profile is binary, and no viewer converts it.
         """
         wanted = {**device_files(bundle, manifest, self.soc), **run_script(), **self.files}
-        self.pushed = push(self.adb, wanted, self.remote)
+        push(self.adb, wanted, self.remote)
         status = run_bundle(
             self.adb, manifest, self.soc, self.remote, inferences=inferences + self.warm_up, limit_s=self.limit_s
         )
