@@ -13,7 +13,7 @@ UV     := $(or $(shell command -v uv),build/uv/bin/uv)
 PY     := .venv/bin/python
 READY  := .venv/ready
 
-.PHONY: setup convert test test-slow lint bench docs
+.PHONY: setup convert test test-slow lint bench bench-sim docs
 
 convert: $(READY)
 	@.venv/bin/sdconvert convert $(RECIPE) $(foreach soc,$(SOC),--soc $(soc)) $(ARGS)
@@ -33,6 +33,11 @@ lint: $(READY)
 
 bench: $(READY)
 	@for script in $(sort $(wildcard benchmarks/*.py)); do echo "== $$script"; $(PY) $$script || exit 1; done
+
+# The bundle of the recipe behind adb, without a phone: its answers must be the simulator's, bit for bit.
+bench-sim: $(READY)
+	@.venv/bin/sdconvert package $(RECIPE) $(foreach soc,$(SOC),--soc $(soc)) $(ARGS)
+	@PYTHONPATH=tests/android $(PY) scripts/bench_sim.py build/$(notdir $(basename $(RECIPE)))/70-android/bundle
 
 docs: $(READY)
 	@$(PY) scripts/make_docs.py

@@ -121,3 +121,15 @@ class DeviceError(SdconvertError):
     """A phone or board did not do what was asked."""
 
     exit_code = 7
+
+
+class DeviceLostError(DeviceError):
+    """The connection to a device broke; whether its work went on is not known."""
+
+
+class DeviceTimeoutError(DeviceError):
+    """A device did not answer in time."""
+
+
+class DeviceFullError(DeviceError):
+    """A device has no room for what is to be stored there."""

@@ -7,9 +7,12 @@ from pydantic import BaseModel, ConfigDict, StringConstraints, model_validator
 NAME = r"[A-Za-z0-9_]+"
 """Graph and tensor names: the runners rewrite any other character, and then find no file under the name."""
 SAMPLE_ID = r"[A-Za-z0-9_][A-Za-z0-9_.-]*"
+BUNDLE_PATH = r"[A-Za-z0-9_][A-Za-z0-9_.+-]*(/[A-Za-z0-9_][A-Za-z0-9_.+-]*)*"
+"""A file's path in the bundle: it cannot lead out of it, hide, or mean anything to a shell."""
 
 Name = Annotated[str, StringConstraints(pattern=f"^{NAME}$")]
 SampleId = Annotated[str, StringConstraints(pattern=f"^{SAMPLE_ID}$")]
+BundlePath = Annotated[str, StringConstraints(pattern=f"^{BUNDLE_PATH}$")]
 Role = Literal["context", "epcontext", "input", "input_list", "expected_fp32", "expected_sim"]
 
 
@@ -77,7 +80,7 @@ class Manifest(_Record):
     samples: tuple[SampleRecord, ...]
     metrics: dict[str, Any]
     """Figures expected of the graphs, as measured before shipping."""
-    files: dict[str, FileRecord]
+    files: dict[BundlePath, FileRecord]
 
     @model_validator(mode="after")
     def _references_resolve(self) -> Self:

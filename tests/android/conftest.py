@@ -1,10 +1,12 @@
-"""A real bundle to look into: one graph compiled for two SoCs, with the simulator's answers."""
+"""A real bundle to look into, compiled for two SoCs with the simulator's answers, and phones with real adb clients."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import onnx
 import pytest
 import torch
+from adb_rig import Rig, adb_environment, bundled_adb, other_adb
 from bundle_request import BundleRequest
 
 from sdconvert.android.bundle import Sample
@@ -53,3 +55,27 @@ def asked(tmp_path_factory: pytest.TempPathFactory) -> BundleRequest:
 def bundle(asked: BundleRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A bundle's folder; its tar lies beside it. Tests that damage one take a copy."""
     return asked.write(tmp_path_factory.mktemp("android") / "bundle")
+
+
+CLIENTS = [client for client in (bundled_adb(), other_adb()) if client]
+
+
+@pytest.fixture(scope="session", params=CLIENTS, ids=["bundled", "PATH"][: len(CLIENTS)])
+def adb_server(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[Path, dict[str, str]]]:
+    """A client, and the variables that lead it to a server of its own."""
+    folder = tmp_path_factory.mktemp("adb")
+    environment = adb_environment(folder)
+    yield request.param, environment
+    Rig(request.param, environment, folder).kill_server()
+
+
+@pytest.fixture
+def rig(adb_server: tuple[Path, dict[str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Rig]:
+    binary, environment = adb_server
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    rig = Rig(binary, environment, tmp_path)
+    yield rig
+    rig.close()

@@ -1,0 +1,59 @@
+"""Benchmark a bundle behind adb without a phone: real adb, a daemon on loopback, run.sh, and the HTP simulator.
+
+Every answer has to be bit-equal to the simulator's when the bundle was written. Times are this computer's.
+Run by `make bench-sim`, which has tests/android on PYTHONPATH; needs the development packages, and no network.
+"""
+
+import argparse
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+from adb_rig import Rig, adb_environment, bundled_adb
+
+from sdconvert.android.adb import Adb
+from sdconvert.android.bench import bench, bench_page
+from sdconvert.android.device import ask_phone, choose_soc
+from sdconvert.android.push import local_file
+from sdconvert.android.runners import PhoneRunner, graphs_of
+from sdconvert.android.verify import verify_bundle
+
+_REMOTE = "/data/local/tmp/sdconvert"
+
+
+def main() -> None:
+    """Run every graph of a bundle on the rig's phone, and compare."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument("--inferences", type=int, default=1)
+    options = parser.parse_args()
+    manifest = verify_bundle(options.bundle)
+    with tempfile.TemporaryDirectory(prefix="bench-sim-") as scratch:
+        folder = Path(scratch)
+        environment = adb_environment(folder)
+        os.environ.update(environment)
+        rig = Rig(bundled_adb(), environment, folder)
+        try:
+            phone = rig.phone(soc=manifest.socs[0].name)
+            adb = Adb(rig.binary, phone.daemon.serial)
+            asked = ask_phone(adb, _REMOTE)
+            soc = choose_soc(manifest, asked)
+            files = {
+                graph.epcontext: local_file(options.bundle / graph.epcontext) for graph in graphs_of(manifest, soc)
+            }
+            files["bin/qnn-net-run"] = local_file(phone.stand_in_runner(folder))
+            runner = PhoneRunner(adb, asked, soc, files, None, _REMOTE, warm_up=0)
+            result = bench(options.bundle, manifest, runner, folder / "result", options.inferences)
+        finally:
+            rig.close()
+            rig.kill_server()
+    print(bench_page({**result, "is_device": False}))
+    outputs = [(graph["name"], *item) for graph in result["graphs"] for item in graph["outputs"].items()]
+    if other := [f"{graph}:{name}" for graph, name, kinds in outputs if not kinds["vs_simulator"]["bit_equal"]]:
+        sys.exit(f"not bit-equal to the simulator when the bundle was written: {', '.join(other)}")
+    print(f"{len(outputs)} outputs are bit-equal to those recorded when the bundle was written")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,166 @@
+#!/system/bin/sh
+# Runs the graphs of a pushed bundle: check, env, accuracy, latency, done.
+#
+#   sh run.sh RUN SOC LIMIT_S INFERENCES GRAPH[:native]...
+#
+# A graph's input files hold float32, which the runner converts; after `:native` they hold the graph's own type.
+#
+# ../out/status has one line per step, is replaced whole after each, and ends with `done` or `fail STEP WHY DETAIL`.
+# Whatever the shell's caller sees of this script's exit code or output, only that file counts. It is written for mksh
+# and toybox as Android has them, uses builtins where there are any, and runs in other POSIX shells too.
+
+run=$1 soc=$2 limit=$3 inferences=$4
+shift 4
+cd "${0%/*}" || exit 9
+out=../out
+runner=./bin/qnn-net-run
+lines="run $run" step=start child= watcher=
+
+say() {
+  lines="$lines
+$1"
+  echo "$lines" >"$out/status.new" && mv -f "$out/status.new" "$out/status" || exit 9
+  echo "$1"
+}
+
+fail() {
+  say "fail $step $1"
+  exit 1
+}
+
+hangup() {
+  # The cable was pulled or the caller gave up: adbd tells this shell alone, and the runner would go on for ever.
+  trap '' HUP TERM PIPE
+  [ -n "$watcher" ] && kill "$watcher" 2>/dev/null
+  [ -n "$child" ] && kill -9 "$child" 2>/dev/null && wait "$child"
+  fail hangup >/dev/null 2>&1
+}
+
+# Looks after process $1: notes the most memory it ever had, and ends it at the limit.
+watch() {
+  ticks=0 peak=
+  while kill -0 "$1" 2>/dev/null; do
+    while read -r key value rest; do
+      if [ "$key" = VmHWM: ] && [ "$value" != "$peak" ]; then
+        peak=$value
+        echo "$peak" >"$out/peak"
+      fi
+    done 2>/dev/null <"/proc/$1/status"
+    ticks=$((ticks + 1))
+    if [ "$ticks" -gt $((limit * 5)) ]; then
+      echo hung >"$out/hung"
+      kill -9 "$1"
+      return
+    fi
+    sleep 0.2
+  done
+}
+
+# Runs a program with its output in the file $1; sets code and peak_kb.
+guarded() {
+  log=$1
+  shift
+  rm -f "$out/hung" "$out/peak"
+  "$@" >"$log" 2>&1 </dev/null &
+  child=$!
+  watch "$child" >/dev/null 2>&1 </dev/null &
+  watcher=$!
+  wait "$child"
+  code=$?
+  child=
+  kill "$watcher" 2>/dev/null
+  watcher=
+  peak_kb=0
+  [ -f "$out/peak" ] && read -r peak_kb <"$out/peak"
+  [ -f "$out/hung" ] && fail "hung $limit"
+  return 0
+}
+
+# Sets files and bytes to the count and size of the files given; a pattern that matched nothing counts as none.
+measure() {
+  files=0 bytes=0
+  for file; do
+    if [ -f "$file" ]; then
+      files=$((files + 1))
+      bytes=$((bytes + $(wc -c <"$file")))
+    fi
+  done
+}
+
+check() {
+  checked=0
+  while read -r sum name; do
+    found=
+    [ -f "$name" ] && found=$(sha256sum "$name")
+    [ "${found%% *}" = "$sum" ] || fail "bad_checksum $name"
+    checked=$((checked + 1))
+  done <sums.txt
+  say "check ok files=$checked"
+}
+
+env_step() {
+  [ -f "$runner" ] || fail "no_runner $runner"
+  chmod 755 bin/* || fail "no_runner $runner"
+  # The folders of the Hexagon's libraries are separated by `;`, unlike those of the processor's.
+  export LD_LIBRARY_PATH="$PWD/lib"
+  export ADSP_LIBRARY_PATH="$PWD/lib;/vendor/dsp/cdsp;/vendor/lib/rfsa/adsp;/system/lib/rfsa/adsp;/dsp"
+  guarded "$out/env.log" "$runner" --version
+  [ "$code" = 0 ] || fail "runner_unusable $code"
+  say "env ok"
+}
+
+# Sets graph to the name of graph argument $1, and native to the option for its inputs.
+parse() {
+  graph=${1%:native} native=
+  [ "$graph" = "$1" ] || native=--use_native_input_files
+}
+
+# Runs the graph in step $1 with the input list $2 and further options of the runner.
+run_graph() {
+  folder=$out/$1/$graph log=$out/$1-$graph.log list=$2
+  shift 2
+  mkdir -p "$folder" || fail "no_space $folder"
+  guarded "$log" "$runner" --backend lib/libQnnHtp.so --retrieve_context "models/$soc/${graph}_qnn.bin" \
+    --input_list "$list" --output_dir "$folder" --log_level warn $native "$@"
+  [ "$code" = 0 ] || fail "runner_failed $graph $code"
+}
+
+rm -rf "$out"
+mkdir -p "$out" || exit 9
+trap hangup HUP TERM
+
+step=check
+say "begin check"
+check
+
+step=env
+say "begin env"
+env_step
+
+step=accuracy
+for argument; do
+  parse "$argument"
+  say "begin accuracy graph=$graph"
+  run_graph accuracy "input_list_$graph.txt"
+  results=0
+  for folder in "$out/accuracy/$graph"/Result_*; do
+    [ -d "$folder" ] && results=$((results + 1))
+  done
+  measure "$out/accuracy/$graph"/Result_*/*.raw
+  say "accuracy ok graph=$graph results=$results files=$files bytes=$bytes peak_kb=$peak_kb"
+done
+
+step=latency
+for argument; do
+  parse "$argument"
+  say "begin latency graph=$graph"
+  read -r first <"input_list_$graph.txt"
+  echo "$first" >"$out/first_$graph.txt"
+  run_graph latency "$out/first_$graph.txt" \
+    --perf_profile burst --profiling_level basic --num_inferences "$inferences" --keep_num_outputs 1
+  measure "$out/latency/$graph"/qnn-profiling-data_*.log
+  [ "$bytes" -gt 0 ] || fail "no_profile $graph"
+  say "latency ok graph=$graph inferences=$inferences files=$files bytes=$bytes peak_kb=$peak_kb"
+done
+
+say "done"

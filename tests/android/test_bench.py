@@ -1,0 +1,133 @@
+"""A bench from the bundle to its scores, with the simulator in this process and behind adb."""
+
+import json
+import math
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from adb_rig import Rig
+
+from sdconvert.android.adb import Adb
+from sdconvert.android.bench import bench, bench_columns, bench_rows
+from sdconvert.android.device import ask_phone
+from sdconvert.android.manifest import Manifest
+from sdconvert.android.push import local_file
+from sdconvert.android.runners import PhoneRunner, SimulatorRunner
+from sdconvert.android.scores import accuracy_figures, latency_figures, read_profile
+from sdconvert.android.verify import verify_bundle
+from sdconvert.cli.app import main
+from sdconvert.errors import DeviceError
+from sdconvert.qnn.simulator import Simulator
+
+REMOTE = "/data/local/tmp/sdconvert"
+
+
+@pytest.fixture(scope="module")
+def manifest(bundle: Path) -> Manifest:
+    return verify_bundle(bundle)
+
+
+def test_the_simulator_scores_as_recorded_and_claims_no_latency(
+    bundle: Path, manifest: Manifest, tmp_path: Path
+) -> None:
+    result = bench(bundle, manifest, SimulatorRunner("SM8550", Simulator), tmp_path / "out", 3)
+    assert (result["is_device"], result["device"], result["soc"]) == (False, None, "SM8550")
+    assert "no figure of a device" in result["notes"][0]
+    [graph] = result["graphs"]
+    figures = graph["outputs"]["out_sample"]
+    assert figures["vs_simulator"] == {"sqnr_db": math.inf, "cosine": pytest.approx(1), "max_abs": 0, "bit_equal": True}
+    assert 40 < figures["vs_fp32"]["sqnr_db"] < 60
+    assert graph["latency"]["simulator"]["n"] == 3
+    page = (tmp_path / "out/bench.md").read_text()
+    assert "p50 ms (no device)" in page
+    assert json.loads((tmp_path / "out/bench.json").read_text())["model"] == "gate-test"
+
+
+def test_a_phone_scores_as_the_simulator_it_runs(rig: Rig, bundle: Path, manifest: Manifest, tmp_path: Path) -> None:
+    phone = rig.phone()
+    adb = Adb(rig.binary, phone.daemon.serial)
+    files = {
+        "bin/qnn-net-run": local_file(phone.stand_in_runner(tmp_path)),
+        "models/SM8650/gate.ctx.onnx": local_file(bundle / "models/SM8650/gate.ctx.onnx"),
+    }
+    runner = PhoneRunner(adb, ask_phone(adb, REMOTE), "SM8650", files, None, REMOTE, warm_up=2)
+    result = bench(bundle, manifest, runner, tmp_path / "out", 5)
+    assert "inferences=7" in phone.path(f"{REMOTE}/out/status").read_text()
+    [graph] = result["graphs"]
+    assert graph["outputs"]["out_sample"]["vs_simulator"]["bit_equal"]
+    assert (graph["latency"]["QNN execute"]["n"], len(graph["latency"]["QNN execute"]["samples_ms"])) == (5, 5)
+    assert graph["peak_kb"] > 10_000
+    assert (result["device"]["model"], result["device"]["soc"], result["is_device"]) == ("Rig", "SM8650", True)
+    assert bench_columns(result)[1] == "p50 ms"
+    assert bench_rows(result)[0][0] == "gate"
+
+
+def test_statistics_are_those_of_the_samples() -> None:
+    told = latency_figures([4.0, 1.0, 2.0, 3.0])
+    assert {key: told[key] for key in ("n", "mean_ms", "min_ms", "max_ms", "p50_ms")} == {
+        "n": 4,
+        "mean_ms": 2.5,
+        "min_ms": 1,
+        "max_ms": 4,
+        "p50_ms": 2.5,
+    }
+    assert told["std_ms"] == pytest.approx(math.sqrt(1.25))
+    assert told["cv"] == pytest.approx(math.sqrt(1.25) / 2.5)
+    assert told["samples_ms"] == [4.0, 1.0, 2.0, 3.0]
+
+
+def test_a_profile_is_read_by_the_name_of_its_rows(tmp_path: Path) -> None:
+    header = "Msg Timestamp,Message,Time,Unit of Measurement,Timing Source,Event Level,Event Identifier"
+    rows = ["1,EXECUTE,1500,US,BACKEND,ROOT,QNN (execute) time", "2,EXECUTE,77,CYCLES,BACKEND,NODE,conv:OpId_3"]
+    (tmp_path / "p.csv").write_text("\n".join([header, *rows]))
+    assert read_profile(tmp_path / "p.csv", "QNN (execute) time") == [1.5]
+    for absent in ("conv:OpId_3", "RPC (execute) time"):
+        with pytest.raises(DeviceError, match=f"has no time called `{re.escape(absent)}`"):
+            read_profile(tmp_path / "p.csv", absent)
+
+
+def test_answers_that_make_no_sense_are_refused(bundle: Path, manifest: Manifest) -> None:
+    graph = manifest.graphs[0]
+    same = {"out_sample": torch.ones(1, 3, 8, 8)}
+    with pytest.raises(DeviceError, match="gave the same `out_sample` for samples `gate-chelsea` and `gate-china`"):
+        accuracy_figures(bundle, manifest, graph, {"gate-chelsea": same, "gate-china": same})
+    with pytest.raises(DeviceError, match="answered NaN or infinity in `out_sample` for sample `gate-china`"):
+        accuracy_figures(bundle, manifest, graph, {"gate-china": {"out_sample": torch.full((1, 3, 8, 8), math.nan)}})
+
+
+def command(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, dict[str, object], str]:
+    with pytest.raises(SystemExit) as left:
+        main(["--json", "bench", *arguments])
+    said = capsys.readouterr()
+    return int(str(left.value.code)), json.loads(said.out), said.err
+
+
+def test_the_command_runs_the_simulator(bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = (str(bundle), "--runner", "sim", "--inferences", "2", "-o", str(tmp_path / "out"))
+    code, told, _ = command(capsys, *asked)
+    assert (code, told["runner"], told["soc"]) == (0, "sim", "SM8650")
+    assert (tmp_path / "out/bench.md").is_file()
+    code, _, err = command(capsys, *asked, "--soc", "SM8750")
+    assert (code, "the bundle is for SM8650, SM8550, not for SM8750" in err) == (2, True)
+    code, _, err = command(capsys, *asked, "--serial", "x", "--qairt-sdk", "y")
+    assert (code, "--qairt-sdk, --serial has no effect with --runner sim" in err) == (2, True)
+    code, _, err = command(capsys, str(bundle.with_suffix(".tar")), "--runner", "sim")
+    assert (code, "is no folder" in err) == (2, True)
+
+
+def test_the_command_tells_what_is_missing_for_a_phone(
+    rig: Rig, bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, _, err = command(capsys, str(bundle))
+    assert (code, "comes from the QAIRT SDK" in err) == (2, True)
+    asked = (str(bundle), "--adb", str(rig.binary), "--qairt-sdk", str(tmp_path))
+    code, told, err = command(capsys, *asked)
+    assert (code, "no Android device is connected" in err, "error" in told) == (7, True, True)
+    rig.phone(soc="SM8750")
+    code, _, err = command(capsys, *asked)
+    assert (code, "has SM8750" in err) == (2, True)
+    rig.phone()
+    code, _, err = command(capsys, *asked)
+    assert (code, "2 devices are connected" in err) == (2, True)
