@@ -16,6 +16,8 @@ from sdconvert.export.aimet import to_onnx
 from sdconvert.export.artifact import ExportArtifact
 from sdconvert.export.bias_range import make_room_for_biases
 from sdconvert.export.block_biases import adapt_block_biases
+from sdconvert.export.integer_norms import write_norms_on_integers
+from sdconvert.export.integer_ops import quantize_silu
 from sdconvert.export.operands import insert_operand_pairs
 from sdconvert.export.transposed_keys import take_keys_as_rows
 from sdconvert.io.files import write_json_atomic
@@ -66,6 +68,9 @@ def export_graph(recipe: Recipe, folder: RunFolder, out: Path, graph: str) -> tu
     adapt_block_biases(model)
     make_room_for_biases(model)
     insert_operand_pairs(model, simulation.operand_encodings())
+    if simulation.settings.integers_only:
+        quantize_silu(model)
+        write_norms_on_integers(model)
     if recipe.export.keys_as_rows:
         take_keys_as_rows(model)
     external = model.ByteSize() > _INLINE_BYTES

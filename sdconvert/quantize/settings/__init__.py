@@ -51,6 +51,9 @@ class QuantizerSettings(BaseModel):
         "should round, and those of 4096 keys lose 3 % of their sum. On a step of exactly two of its own, 2 / 65536, "
         "with zero in the middle, the provider converts them, and that rounds (attention: 30 -> 60 dB)."
     )
+    integers_only: bool = Field(
+        default=False, description="Whether norms and SiLU are exported without floating point, which some chips lack."
+    )
     layers: dict[str, LayerPrecision] = Field(
         default={}, description="Weights with a precision of their own, by pattern; the last one that fits counts."
     )
