@@ -137,7 +137,7 @@ def cases(*, whole: bool) -> dict[str, OpCase]:
         torch.nn.init.normal_(then[1].weight, generator=Generator().manual_seed(6))
         draw = channels(2, spread, offset, 1, rows, width)
         add("layer_norm", f"{rows}_{spread}_{offset}", then[0], draw)
-        add("layer_norm", f"{rows}_{spread}_{offset}_linear", then, draw)
+        add("layer_norm_linear", f"{rows}_{spread}_{offset}", then, draw)
     for limit in (1, 3, 6, 10, 20) if whole else (1, 20):
         add("gelu", f"{limit}", Op(F.gelu), values(limit, 1, 77, 64))
         add("gelu_tanh", f"{limit}", Op(lambda x: F.gelu(x, approximate="tanh")), values(limit, 1, 77, 64))

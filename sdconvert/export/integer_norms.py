@@ -3,11 +3,12 @@
 Some of these chips compute nothing in floating point (QCS6490, SM7475), and SM8350 has no GroupNorm (QAIRT 2.51 ends
 with a failed allocation). What all of them take on integers is LayerNorm with an uint8 weight and no bias:
 
-    GroupNorm   x -> Reshape (b, groups, ...) -> LayerNorm, weights of 1 -> Q/DQ -> Reshape -> Mul -> Q/DQ -> Add
+    GroupNorm   x -> Reshape (b, groups, ...) -> LayerNorm, weights of 1 -> Q/DQ -> Reshape -> Conv per channel
     LayerNorm   x -> LayerNorm, weights of 1 -> Q/DQ -> Mul -> Q/DQ -> Add
 
-Mul takes the norm's weight, Add its bias, both with the activations' bits. The simulation keeps the norm whole; it and
-the HTP agree at 65 dB and more.
+What follows multiplies by the norm's weight and adds its bias. A convolution per channel has a scale per channel, so
+that its weight is exact. Mul and Add in its place, before a SiLU on integers, come out as garbage for some shapes (0
+dB). The simulation keeps the norm whole; it and the HTP agree at 65 dB and more.
 """
 
 from math import prod, sqrt
@@ -19,10 +20,12 @@ from onnx import ModelProto, NodeProto, helper, numpy_helper
 
 from sdconvert.export.integer_ops import replace_nodes
 
+_Values = npt.NDArray[np.float64]
 _NORMS = {"GroupNormalization", "LayerNormalization"}
 # Values of a normalized row of n reach sqrt(n - 1) at most. Rows of a GroupNorm have up to a million values, none of
 # which is 64 deviations away.
 _MOST_DEVIATIONS = 64.0
+_LARGEST_BIAS = 2.0**29
 
 
 def write_norms_on_integers(model: ModelProto) -> int:
@@ -64,36 +67,57 @@ class _Writer:
     def norm(self, node: NodeProto, quantize: NodeProto) -> list[NodeProto]:
         """The nodes that replace a norm whose result `quantize` stores."""
         self._nodes = []
-        stem, grouped = node.name, node.op_type == "GroupNormalization"
-        attributes = {one.name: helper.get_attribute_value(one) for one in node.attribute}
         weight = self._real(node.input[1])
         bias = self._real(node.input[2]) if len(node.input) > 2 else np.zeros_like(weight)
-        source, length = node.input[0], weight.size
-        if grouped:
-            shape = self._shape(node)
-            rows = [shape[0], attributes["num_groups"]]
-            length = prod(shape) // prod(rows)
-            source = self._node(
-                "Reshape", [source, self._constant(f"{stem}_rows", np.array([*rows, length]))], f"{stem}_grouped"
-            )
-            weight, bias = (one.reshape(-1, *[1] * (len(shape) - 2)) for one in (weight, bias))
-        grid = self._stored(quantize.input[2])
-        # 255 / 255: the weight of one is exact.
-        ones = self._dequantize(f"{stem}_ones", np.full(length, 255, np.uint8), np.float32(1 / 255), np.uint8(0))
-        plain = self._node(
-            "LayerNormalization", [source, ones], f"{stem}_plain", epsilon=attributes["epsilon"], axis=-1
+        if node.op_type == "GroupNormalization":
+            self._group_norm(node, quantize, weight, bias)
+        else:
+            self._layer_norm(node, quantize, weight, bias)
+        return self._nodes
+
+    def _group_norm(self, node: NodeProto, quantize: NodeProto, weight: _Values, bias: _Values) -> None:
+        stem, shape = node.name, self._shape(node)
+        groups = next(one.i for one in node.attribute if one.name == "num_groups")
+        length = prod(shape[1:]) // groups
+        rows = self._constant(f"{stem}_rows", np.array([shape[0], groups, length]))
+        plain, limit = self._plain(
+            node, self._node("Reshape", [node.input[0], rows], f"{stem}_grouped"), length, quantize
         )
-        limit = min(sqrt(length - 1), _MOST_DEVIATIONS)
-        plain = self._pair(plain, -limit, limit, grid.dtype)
-        if grouped:
-            plain = self._node("Reshape", [plain, self._constant(f"{stem}_shape", np.array(shape))], f"{stem}_image")
+        # A sequence (b, C, T) becomes an image of one row.
+        image = [*shape[:2], *[1] * (4 - len(shape)), *shape[2:]]
+        plain = self._node("Reshape", [plain, self._constant(f"{stem}_shape", np.array(image))], f"{stem}_image")
+        step = 2 * limit / np.iinfo(self._stored(quantize.input[2]).dtype).max
+        # The bias has to fit into int32, in steps of both scales.
+        scale = np.maximum(np.abs(weight) / 127, np.maximum(np.abs(bias), 1e-6) / (_LARGEST_BIAS * step))
+        codes = np.rint(weight / scale).astype(np.int8).reshape(-1, 1, 1, 1)
+        zero = np.zeros(len(scale), np.int8)
+        table = self._dequantize(f"{stem}_weight", codes, scale.astype(np.float32), zero, axis=0)
+        inputs = [plain, table, self._constant(f"{stem}_bias", bias.astype(np.float32))]
+        result = node.output[0] if image == shape else f"{stem}_scaled"
+        self._node("Conv", inputs, result, group=len(weight), kernel_shape=[1, 1])
+        if image != shape:
+            stored = self._stored_as(result, list(quantize.input[1:]))
+            back = self._constant(f"{stem}_back", np.array(shape))
+            self._node("Reshape", [stored, back], node.output[0])
+
+    def _layer_norm(self, node: NodeProto, quantize: NodeProto, weight: _Values, bias: _Values) -> None:
+        stem, grid = node.name, self._stored(quantize.input[2])
+        plain, _ = self._plain(node, node.input[0], weight.size, quantize)
         step = float(self._stored(quantize.input[1]))
         low, high = (step * (end - float(grid)) for end in (0, np.iinfo(grid.dtype).max))
         product = self._node("Mul", [plain, self._table(f"{stem}_weight", weight, grid.dtype)], f"{stem}_product")
         product = self._pair(product, low - float(bias.max()), high - float(bias.min()), grid.dtype)
-        table = self._table(f"{stem}_bias", bias, grid.dtype)
-        self._nodes.append(helper.make_node("Add", [product, table], list(node.output), name=f"{stem}_sum"))
-        return self._nodes
+        self._node("Add", [product, self._table(f"{stem}_bias", bias, grid.dtype)], node.output[0])
+
+    def _plain(self, node: NodeProto, source: str, length: int, quantize: NodeProto) -> tuple[str, float]:
+        """A norm of rows without weight and bias, stored; its name and its largest value."""
+        epsilon = next(one.f for one in node.attribute if one.name == "epsilon")
+        # 255 / 255: the weight of one is exact.
+        codes = np.full(length, 255, np.uint8)
+        ones = self._dequantize(f"{node.name}_ones", codes, np.float32(1 / 255), np.uint8(0))
+        plain = self._node("LayerNormalization", [source, ones], f"{node.name}_plain", epsilon=epsilon, axis=-1)
+        limit = min(sqrt(length - 1), _MOST_DEVIATIONS)
+        return self._pair(plain, -limit, limit, self._stored(quantize.input[2]).dtype), limit
 
     def _shape(self, node: NodeProto) -> list[int]:
         """Shape of what enters a norm, which is that of the tensor before its Q/DQ pair."""
@@ -106,31 +130,31 @@ class _Writer:
         value: npt.NDArray[Any] = numpy_helper.to_array(self._values[name])
         return value
 
-    def _real(self, name: str) -> npt.NDArray[np.float64]:
+    def _real(self, name: str) -> _Values:
         """A parameter's values, those of its codes if it has any."""
         if name in self._values:
             return self._stored(name).astype(np.float64)
         codes, scale, zero = (self._stored(one).astype(np.float64) for one in self._producers[name].input)
-        values: npt.NDArray[np.float64] = (codes - zero) * scale
+        values: _Values = (codes - zero) * scale
         return values
 
-    def _table(self, stem: str, values: npt.NDArray[np.float64], dtype: np.dtype[Any]) -> str:
+    def _table(self, stem: str, values: _Values, dtype: np.dtype[Any]) -> str:
         scale, zero = _grid(float(values.min()), float(values.max()), dtype)
         codes = np.clip(np.rint(values / scale) + zero, 0, np.iinfo(dtype).max).astype(dtype)
         return self._dequantize(stem, codes, scale, zero)
 
-    def _dequantize(self, stem: str, codes: npt.ArrayLike, scale: npt.ArrayLike, zero: npt.ArrayLike) -> str:
-        parts = {"codes": codes, "scale": scale, "zero_point": zero}
-        return self._node(
-            "DequantizeLinear", [self._constant(f"{stem}_{k}", v) for k, v in parts.items()], f"{stem}_dq"
-        )
+    def _dequantize(self, stem: str, *parts: npt.ArrayLike, **attributes: int) -> str:
+        names = [f"{stem}_{part}" for part in ("codes", "scale", "zero_point")]
+        inputs = [self._constant(name, value) for name, value in zip(names, parts, strict=True)]
+        return self._node("DequantizeLinear", inputs, f"{stem}_dq", **attributes)
 
     def _pair(self, name: str, low: float, high: float, dtype: np.dtype[Any]) -> str:
         parts = zip(("scale", "zero_point"), _grid(low, high, dtype), strict=True)
-        grid = [self._constant(f"{name}_{part}", value) for part, value in parts]
-        return self._node(
-            "DequantizeLinear", [self._node("QuantizeLinear", [name, *grid], f"{name}_q"), *grid], f"{name}_dq"
-        )
+        return self._stored_as(name, [self._constant(f"{name}_{part}", value) for part, value in parts])
+
+    def _stored_as(self, name: str, grid: list[str]) -> str:
+        quantized = self._node("QuantizeLinear", [name, *grid], f"{name}_q")
+        return self._node("DequantizeLinear", [quantized, *grid], f"{name}_dq")
 
     def _node(self, op: str, inputs: list[str], output: str, **attributes: Any) -> str:
         self._nodes.append(helper.make_node(op, inputs, [output], name=output, **attributes))

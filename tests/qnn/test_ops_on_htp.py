@@ -14,7 +14,18 @@ from sdconvert.soc import find_soc
 Measured = Callable[[str], Mapping[str, Agreement]]
 Probabilities = Callable[[tuple[float, float]], Mapping[str, Agreement]]
 
-OPS = ("group_norm", "layer_norm", "gelu", "gelu_tanh", "silu", "softmax", "q_k", "p_v", "attention")
+OPS = (
+    "group_norm",
+    "layer_norm",
+    "layer_norm_linear",
+    "gelu",
+    "gelu_tanh",
+    "silu",
+    "softmax",
+    "q_k",
+    "p_v",
+    "attention",
+)
 QUICK = ("SM8650", "SM8450")
 # One SoC per generation, and one without floating point.
 WHOLE = (*SOCS.values(), "QCS6490")
