@@ -1,18 +1,20 @@
 """Norms on chips that have no floating point, and on v68, which has no GroupNorm."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import onnx
 import pytest
 import torch
 from onnx import ModelProto
-from static_graphs import Case, module_case, simulate
+from static_graphs import Case, module_case, simulate, small_case, vae_case
 from torch import nn
 
 from sdconvert.errors import CompileError
 from sdconvert.export.aimet import to_onnx
 from sdconvert.export.integer_norms import write_norms_on_integers
 from sdconvert.export.integer_ops import quantize_silu
+from sdconvert.export.operands import insert_operand_pairs
 from sdconvert.export.runner import OnnxRunner
 from sdconvert.metrics import worst_sqnr_db
 from sdconvert.qnn.context import compile_context
@@ -99,6 +101,21 @@ def test_group_norm_and_silu_together_are_right(tmp_path: Path, shape: tuple[int
     onnx.save(model, str(tmp_path / "norm.onnx"))
     context = compile_context(tmp_path / "norm.onnx", tmp_path, find_soc("QCS6490"))
     assert worst_sqnr_db(simulation(case.samples[0]), Simulator(context.ctx_onnx)(case.samples[0])) >= 60
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("make", [small_case, vae_case], ids=["unet", "vae_decoder"])
+def test_whole_models_compile_and_are_right(tmp_path: Path, make: Callable[[], Case]) -> None:
+    case = make()
+    simulation = simulate(case, 68)
+    model = to_onnx(simulation, case.samples[0], opset=21)
+    insert_operand_pairs(model, simulation.operand_encodings())
+    quantize_silu(model)
+    write_norms_on_integers(model)
+    onnx.save(model, str(tmp_path / "model.onnx"))
+    context = compile_context(tmp_path / "model.onnx", tmp_path, find_soc("SM8350"))
+    assert context.cpu_nodes == 0
+    assert worst_sqnr_db(simulation(case.samples[0]), Simulator(context.ctx_onnx)(case.samples[0])) >= 45
 
 
 def test_the_parameters_that_were_rewritten_go(norms: tuple[Case, Simulation, ModelProto]) -> None:
