@@ -7,17 +7,18 @@ without, for its quantizers sit on the model's tensors:
     LayerNorm   bias in float32                     bias as int32 with the scale of input times weight
 
 LayerNorm takes that bias with a weight that is int16-symmetric, on v73 and later; GroupNorm takes none (QAIRT 2.51).
+What v68 and v69 take instead is in `export/integer_norms.py`.
 """
 
 from collections import Counter
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 _LIMIT = 2**31 - 1
-_STEPS = 65535
 
 
 def quantize_silu(model: ModelProto) -> int:
@@ -26,6 +27,8 @@ def quantize_silu(model: ModelProto) -> int:
     Returns:
         Number of pairs.
     """
+    constants = {tensor.name: tensor for tensor in model.graph.initializer}
+    producers = {name: node for node in model.graph.node for name in node.output}
     readers: dict[str, list[NodeProto]] = {}
     for node in model.graph.node:
         for name in node.input:
@@ -37,14 +40,16 @@ def quantize_silu(model: ModelProto) -> int:
         if node.op_type != "Sigmoid" or {user.op_type for user in users} != {"Mul"}:
             continue
         stem, grid = f"{node.name}_silu", [f"{node.name}_silu_scale", f"{node.name}_silu_zero_point"]
-        _add_constants(model, grid, (np.float32(1 / _STEPS), np.uint16(0)))
+        # With the bits of what enters: Mul takes no two precisions.
+        last = np.iinfo(dtype := _stored_dtype(node, producers, constants)).max
+        _add_constants(model, grid, (np.float32(1 / last), dtype.type(0)))
         quantize = helper.make_node("QuantizeLinear", [node.output[0], *grid], [f"{stem}_q"], name=f"{stem}_q")
         dequantize = helper.make_node("DequantizeLinear", [f"{stem}_q", *grid], [f"{stem}_dq"], name=f"{stem}_dq")
         for user in users:
             user.input[:] = [dequantize.output[0] if name == node.output[0] else name for name in user.input]
         nodes += [quantize, dequantize]
     added = len(nodes) - len(model.graph.node)
-    _replace_nodes(model, nodes)
+    replace_nodes(model, nodes)
     return added // 2
 
 
@@ -65,8 +70,17 @@ def quantize_layer_norm_biases(model: ModelProto) -> int:
                 nodes.append(_integer_bias(model, node, _value(node.input[2], constants), scale))
         nodes.append(node)
     added = len(nodes) - len(model.graph.node)
-    _replace_nodes(model, nodes)
+    replace_nodes(model, nodes)
     return added
+
+
+def _stored_dtype(
+    node: NodeProto, producers: Mapping[str, NodeProto], constants: Mapping[str, TensorProto]
+) -> np.dtype[Any]:
+    """Type of the integers that a node's input is stored as."""
+    while node.op_type != "DequantizeLinear":
+        node = producers[node.input[0]]
+    return _value(node.input[2], constants).dtype
 
 
 def _is_int16(dequantize: NodeProto, constants: Mapping[str, TensorProto]) -> bool:
@@ -92,7 +106,7 @@ def _add_constants(model: ModelProto, names: list[str], values: tuple[npt.ArrayL
         model.graph.initializer.append(numpy_helper.from_array(np.asarray(value), name))
 
 
-def _replace_nodes(model: ModelProto, nodes: list[NodeProto]) -> None:
+def replace_nodes(model: ModelProto, nodes: list[NodeProto]) -> None:
     """Set a model's nodes, and drop constants that no node reads any more."""
     used = Counter(name for node in nodes for name in node.input)
     constants = [tensor for tensor in model.graph.initializer if tensor.name in used]

@@ -14,12 +14,9 @@ from sdconvert.calibration.artifact import CalibrationArtifact
 from sdconvert.checkpoint.artifact import CheckpointArtifact
 from sdconvert.config import Recipe
 from sdconvert.export.artifact import ExportArtifact
-from sdconvert.export.bias_range import make_room_for_biases
-from sdconvert.export.block_biases import adapt_block_biases
 from sdconvert.export.blocks import cut_into_blocks
+from sdconvert.export.compiler_graph import graph_for_compiler
 from sdconvert.export.float_graph import to_float_onnx
-from sdconvert.export.onnx_graph import to_onnx
-from sdconvert.export.transposed_keys import take_keys_as_rows
 from sdconvert.io.encodings import write_encodings
 from sdconvert.io.files import write_json_atomic
 from sdconvert.metrics import worst_sqnr_db
@@ -65,13 +62,10 @@ def export_graph(recipe: Recipe, folder: RunFolder, out: Path, graph: str) -> tu
     simulation = final_simulation(folder, adapter, inputs[0])
     simulated = [simulation(one) for one in inputs]
     artifact.write_answers(graph, list(zip(inputs, fp32, simulated, strict=True)))
-    model = to_onnx(simulation, inputs[0], opset=recipe.export.opset)
-    adapt_block_biases(model)
-    make_room_for_biases(model)
-    if recipe.export.keys_as_rows:
-        take_keys_as_rows(model)
-    if "onnx_encodings" in recipe.export.targets:
-        _write_float_graph(simulation, inputs[0], recipe.export.opset, out / "onnx_encodings" / graph)
+    settings = recipe.export
+    model = graph_for_compiler(simulation, inputs[0], opset=settings.opset, keys_as_rows=settings.keys_as_rows)
+    if "onnx_encodings" in settings.targets:
+        _write_float_graph(simulation, inputs[0], settings.opset, out / "onnx_encodings" / graph)
     blocks = cut_into_blocks(model, adapter.block_paths())
     leaving = dict.fromkeys(key for block in blocks for key in block.outputs)
     artifact.write_blocks(graph, blocks, simulation.boundary_tensors(inputs[0], leaving))

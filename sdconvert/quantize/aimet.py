@@ -72,8 +72,8 @@ def insert_quantizers(
     for value in stored:
         quantizers.activations[value.key] = _insert(graph_module, value.node, settings.activations)
         quantizers.kinds[value.key] = value.op
-        if value.op in settings.ranges:
-            quantizers.fixed_ranges[value.key] = settings.ranges[value.op]
+        if value.op in settings.fixed_ranges:
+            quantizers.fixed_ranges[value.key] = settings.fixed_ranges[value.op]
     for weight in weights:
         quantizers.parameters[weight.name] = _insert(graph_module, weight.node, grids[weight.name])
         quantizers.sources[weight.name] = str(weight.node.target)

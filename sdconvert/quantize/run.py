@@ -38,7 +38,7 @@ def run(context: StageContext) -> dict[str, Any]:
         graph: Simulation(adapter, next(iter(data.calibration(graph))), settings) for graph, adapter in adapters.items()
     }
     kinds = {kind for one in simulations.values() for kind in one.quantizers.kinds.values()}
-    require_known_kinds(settings.estimators, kinds, settings.ranges)
+    require_known_kinds(settings.estimators, kinds, settings.fixed_ranges)
     require_effect(settings.layers, {graph: one.quantizers.layers for graph, one in simulations.items()})
     for done, (graph, simulation) in enumerate(simulations.items()):
         context.report.step(done, len(adapters) + 1, graph)

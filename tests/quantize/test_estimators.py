@@ -125,7 +125,7 @@ def test_a_tensor_of_one_value_keeps_a_grid(case: Case) -> None:
 )
 def test_an_estimator_without_effect_is_an_error(case: Case, kind: str, message: str, hint: str) -> None:
     simulation = calibrated(case, {})
-    kinds, fixed = set(simulation.quantizers.kinds.values()), simulation.settings.ranges
+    kinds, fixed = set(simulation.quantizers.kinds.values()), simulation.settings.fixed_ranges
     with pytest.raises(UsageError, match=re.escape(message)) as error:
         require_known_kinds({kind: MSE}, kinds, fixed)
     assert hint in error.value.hint
