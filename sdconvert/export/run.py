@@ -16,6 +16,7 @@ from sdconvert.export.aimet import to_onnx
 from sdconvert.export.artifact import ExportArtifact
 from sdconvert.export.bias_range import make_room_for_biases
 from sdconvert.export.block_biases import adapt_block_biases
+from sdconvert.export.integer_ops import quantize_factors
 from sdconvert.export.operands import insert_operand_pairs
 from sdconvert.export.transposed_keys import take_keys_as_rows
 from sdconvert.io.files import write_json_atomic
@@ -65,6 +66,7 @@ def export_graph(recipe: Recipe, folder: RunFolder, out: Path, graph: str) -> tu
     model = to_onnx(simulation, inputs[0], opset=recipe.export.opset)
     adapt_block_biases(model)
     make_room_for_biases(model)
+    quantize_factors(model)
     insert_operand_pairs(model, simulation.operand_encodings())
     if recipe.export.keys_as_rows:
         take_keys_as_rows(model)
