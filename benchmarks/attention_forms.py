@@ -28,7 +28,7 @@ from sdconvert.adapters import ModelAdapter, Tensors
 from sdconvert.adapters.spec import GraphSize, IOSpec
 from sdconvert.export.aimet import to_onnx
 from sdconvert.export.bias_range import make_room_for_biases
-from sdconvert.export.integer_ops import quantize_factors
+from sdconvert.export.factors import quantize_factors
 from sdconvert.export.operands import insert_operand_pairs
 from sdconvert.export.transposed_keys import take_keys_as_rows
 from sdconvert.metrics import worst_sqnr_db

@@ -1,9 +1,8 @@
 """Keep ops on integers that QNN's provider would otherwise run in floating point, between a Dequantize and a Quantize.
 
-The provider takes an op as a quantized one only if every operand and the result have Q/DQ. AIMET's exporter leaves
-three without, for its quantizers sit on the model's tensors:
+The provider takes an op as a quantized one only if every operand and the result have Q/DQ. AIMET's exporter leaves two
+without, for its quantizers sit on the model's tensors:
 
-    factor      Mul(x, number)                      the number as one 16-bit code -> DQ -> Mul: attention's scale
     SiLU        x -> Sigmoid -> Mul(x, ·)           Sigmoid -> Q/DQ over [0, 1] -> Mul
     LayerNorm   bias in float32                     bias as int32 with the scale of input times weight
 
@@ -19,25 +18,6 @@ from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 _LIMIT = 2**31 - 1
 _STEPS = 65535
-_FACTOR_CODE = 1 << 15  # a power of two: scale times code is the number itself, to the last bit
-
-
-def quantize_factors(model: ModelProto) -> int:
-    """Make integers of the number in each Mul of a dequantized tensor by one positive number, in place.
-
-    Returns:
-        Number of such Muls.
-    """
-    constants = {tensor.name: tensor for tensor in model.graph.initializer}
-    producers = {name: node for node in model.graph.node for name in node.output}
-    nodes: list[NodeProto] = []
-    for node in model.graph.node:
-        if node.op_type == "Mul" and (found := _factor(node, constants, producers)):
-            nodes.append(_integer_factor(model, node, *found))
-        nodes.append(node)
-    added = len(nodes) - len(model.graph.node)
-    _replace_nodes(model, nodes)
-    return added
 
 
 def quantize_silu(model: ModelProto) -> int:
@@ -87,27 +67,6 @@ def quantize_layer_norm_biases(model: ModelProto) -> int:
     added = len(nodes) - len(model.graph.node)
     _replace_nodes(model, nodes)
     return added
-
-
-def _factor(
-    mul: NodeProto, constants: Mapping[str, TensorProto], producers: Mapping[str, NodeProto]
-) -> tuple[int, np.float32] | None:
-    """Place and value of the number by which a dequantized tensor is multiplied, if a Mul is that."""
-    for place, other in ((0, mul.input[1]), (1, mul.input[0])):
-        source, constant = producers.get(other), constants.get(mul.input[place])
-        if source is None or source.op_type != "DequantizeLinear" or constant is None:
-            continue
-        values = numpy_helper.to_array(constant)
-        if values.size == 1 and np.isfinite(values).all() and values.item() > 0:
-            return place, np.float32(values.item())
-    return None
-
-
-def _integer_factor(model: ModelProto, mul: NodeProto, place: int, value: np.float32) -> NodeProto:
-    names = [f"{mul.name}_factor", f"{mul.name}_factor_scale", f"{mul.name}_factor_zero_point"]
-    _add_constants(model, names, (np.uint16(_FACTOR_CODE), value / np.float32(_FACTOR_CODE), np.uint16(0)))
-    mul.input[place] = f"{names[0]}_dq"
-    return helper.make_node("DequantizeLinear", names, [mul.input[place]], name=mul.input[place])
 
 
 def _is_int16(dequantize: NodeProto, constants: Mapping[str, TensorProto]) -> bool:

@@ -16,7 +16,7 @@ from sdconvert.export.aimet import to_onnx
 from sdconvert.export.artifact import ExportArtifact
 from sdconvert.export.bias_range import make_room_for_biases
 from sdconvert.export.block_biases import adapt_block_biases
-from sdconvert.export.integer_ops import quantize_factors
+from sdconvert.export.factors import quantize_factors
 from sdconvert.export.operands import insert_operand_pairs
 from sdconvert.export.transposed_keys import take_keys_as_rows
 from sdconvert.io.files import write_json_atomic

@@ -2,21 +2,17 @@
 
 from pathlib import Path
 
-import numpy as np
 import onnx
 import pytest
 import torch
-from diffusers.models.attention_processor import Attention
-from onnx import ModelProto, helper, numpy_helper
+from onnx import ModelProto
 from static_graphs import Case, ModuleAdapter, module_case
 from torch import nn
 
 from sdconvert.export.aimet import to_onnx
-from sdconvert.export.integer_ops import quantize_factors, quantize_layer_norm_biases, quantize_silu
-from sdconvert.export.operands import insert_operand_pairs
+from sdconvert.export.integer_ops import quantize_layer_norm_biases, quantize_silu
 from sdconvert.export.runner import OnnxRunner
 from sdconvert.metrics import worst_sqnr_db
-from sdconvert.models.attention import per_head
 from sdconvert.models.convolutions import PointwiseConv2d
 from sdconvert.models.layer_norm import ChannelLayerNorm
 from sdconvert.qnn.context import compile_context
@@ -36,48 +32,12 @@ def simulate(case: Case, layer_norm: Grid | None = None) -> Simulation:
     return simulation
 
 
-def on_htp(
-    model: ModelProto, path: Path, case: Case, soc: str = "SM8650"
-) -> tuple[dict[str, int], dict[str, torch.Tensor]]:
+def on_htp(model: ModelProto, path: Path, case: Case) -> tuple[dict[str, int], dict[str, torch.Tensor]]:
     """Nodes by type, and what the simulator computes."""
     onnx.checker.check_model(model, full_check=True)
     onnx.save(model, path)
-    context = compile_context(path, path.parent, find_soc(soc))
+    context = compile_context(path, path.parent, find_soc("SM8650"))
     return read_nodes(context.bin), Simulator(context.ctx_onnx)(case.samples[0])
-
-
-@pytest.mark.parametrize("soc", ["SM8650", "SM8450"])  # v75 and v69
-def test_the_scale_of_attention_is_computed_on_integers(tmp_path: Path, soc: str) -> None:
-    torch.manual_seed(0)
-    case = module_case(per_head(Attention(query_dim=16, heads=2, dim_head=8)), 1, 16, 1, 24)
-    simulation = Simulation(case.adapter, case.samples[0], load_settings({find_soc(soc).arch}))
-    simulation.calibrate(case.samples)
-    model = to_onnx(simulation, case.samples[0], opset=21)
-    insert_operand_pairs(model, simulation.operand_encodings())
-    before, floating = on_htp(model, tmp_path / "before.onnx", case, soc)
-    assert quantize_factors(model) == 2
-    after, integers = on_htp(model, tmp_path / "after.onnx", case, soc)
-    assert (before["Dequantize"], before["Quantize"]) == (3, 3)
-    assert (after["Dequantize"], after["Quantize"]) == (1, 1)
-    assert worst_sqnr_db(floating, integers) >= 60
-    runs = [OnnxRunner(tmp_path / f"{name}.onnx")(case.samples[0])["y"] for name in ("before", "after")]
-    assert torch.equal(*runs)
-    assert quantize_factors(model) == 0
-
-
-@pytest.mark.parametrize("factor", [np.float32(-0.5), np.float32(0), np.asarray([0.5, 2], np.float32)])
-def test_other_factors_stay_as_they_are(factor: np.ndarray) -> None:
-    nodes = [
-        helper.make_node("DequantizeLinear", ["x", "scale", "zero_point"], ["x_dq"]),
-        helper.make_node("Mul", ["x_dq", "factor"], ["y"], name="mul"),
-    ]
-    grid = {"scale": np.float32(0.1), "zero_point": np.uint16(3), "factor": factor}
-    constants = [numpy_helper.from_array(np.asarray(value), name) for name, value in grid.items()]
-    x, y = helper.make_tensor_value_info("x", 4, [1, 2]), helper.make_tensor_value_info("y", 1, [1, 2])
-    model = helper.make_model(helper.make_graph(nodes, "g", [x], [y], constants))
-    before = model.SerializeToString()
-    assert quantize_factors(model) == 0
-    assert model.SerializeToString() == before
 
 
 def test_silu_is_computed_on_integers(tmp_path: Path) -> None:
