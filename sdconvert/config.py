@@ -209,12 +209,23 @@ class QuantizeSection(_Section):
 class Mha2ShaSection(_Section):
     """How attention is split into single heads."""
 
+    attention_form: Literal["sha", "mha"] = "sha"
+    """`sha` splits attention into heads; `mha` leaves all graphs as they are, for comparison, and takes no rewrites."""
     activation_encodings: Literal["inherit", "recalibrate"] = "inherit"
     """`inherit` gives every head the ranges measured for the whole attention, `recalibrate` its own."""
     rewrites: tuple[RewriteName, ...] = REWRITES
     """What else is rewritten for the NPU beside attention per head; none of it changes what the model computes."""
     fold_scale: bool = False
     """Multiply the scale of attention's scores into the weights of the queries: one multiplication less per head."""
+
+    @model_validator(mode="after")
+    def _all_has_an_effect(self) -> Self:
+        if self.attention_form == "mha":
+            if self.rewrites:
+                raise ValueError("with attention_form mha rewrites have no effect: set rewrites to []")
+            if self.fold_scale or self.activation_encodings == "recalibrate":
+                raise ValueError("with attention_form mha neither fold_scale nor activation_encodings has an effect")
+        return self
 
 
 class ExportSection(_Section):

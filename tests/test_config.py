@@ -77,6 +77,12 @@ def test_overrides_replace_exactly_what_they_name(steps: int, scale: float, per_
         ("quantize: 4\n", r"line 1: `quantize`", "schema"),
         ("qnn:\n  socs: []\n", r"line 2: `qnn.socs`", "schema"),
         ("qnn:\n  socs: [SM8650, 7]\n", r"line 2: `qnn.socs.1`.*found 7", "schema"),
+        ("mha2sha:\n  attention_form: mha\n", "line 1: `mha2sha`: .*rewrites have no effect", "schema"),
+        (
+            "mha2sha:\n  attention_form: mha\n  rewrites: []\n  fold_scale: true\n",
+            "line 1: `mha2sha`: .*neither fold_scale nor",
+            "schema",
+        ),
         ("pipeline:\n  latent_tile: 16\n  latent_overlap: 16\n", "line 1: `pipeline`: latent_overlap 16", "schema"),
         ("calibration:\n  held_out: [coffee]\n", "coffee stands in both", "schema"),
         ("calibration:\n  memory_limit: much\n", r"line 2: `calibration.memory_limit`.*found 'much'", "schema"),

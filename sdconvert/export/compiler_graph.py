@@ -5,6 +5,7 @@ from onnx import ModelProto
 from sdconvert.adapters import Tensors
 from sdconvert.export.bias_range import make_room_for_biases
 from sdconvert.export.block_biases import adapt_block_biases
+from sdconvert.export.factors import quantize_factors
 from sdconvert.export.integer_norms import write_norms_on_integers
 from sdconvert.export.integer_ops import quantize_silu
 from sdconvert.export.onnx_graph import to_onnx
@@ -29,6 +30,7 @@ def graph_for_compiler(
     model = to_onnx(simulation, example, opset=opset)
     adapt_block_biases(model)
     make_room_for_biases(model)
+    quantize_factors(model)
     if simulation.settings.integers_only:
         quantize_silu(model)
         write_norms_on_integers(model)

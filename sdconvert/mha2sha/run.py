@@ -27,6 +27,8 @@ _LOWEST_FOLDED_DB = 50.0
 
 def run(context: StageContext) -> dict[str, Any]:
     """Do the stage's work; see `Stage.run`."""
+    if context.recipe.mha2sha.attention_form == "mha":
+        return {"note": "attention stays in its multi-head form"}
     quantized = QuantizeArtifact(context.run.stage_folder("30-quantize"))
     data = CalibrationArtifact(context.run.stage_folder("20-calibration"))
     pipe = CheckpointArtifact(context.run.stage_folder("10-checkpoint")).pipeline()
