@@ -7,12 +7,13 @@ from pathlib import Path
 
 from sdconvert.adapters import Tensors
 from sdconvert.export.blocks import Block
+from sdconvert.export.io_manifest import GraphTensor
 from sdconvert.export.runner import OnnxRunner
 from sdconvert.io.files import read_json, write_json_atomic
 from sdconvert.io.tensors import flatten, load_tensors, save_tensors, unflatten
 from sdconvert.quantize.artifact import BoundaryTensor
 
-__all__ = ["Block", "ExportArtifact", "OnnxRunner"]
+__all__ = ["Block", "ExportArtifact", "GraphTensor", "OnnxRunner"]
 
 _PARTS = ("inputs", "fp32", "simulation")
 
@@ -52,6 +53,15 @@ class ExportArtifact:
             for answer in answers
         ]
         save_tensors(flatten(named), self.folder / f"{graph}.answers.safetensors")
+
+    def io(self, graph: str) -> list[GraphTensor]:
+        """Inputs and outputs of the graph, in its order."""
+        records = read_json(self.folder / f"{graph}.io.json")
+        return [GraphTensor(**record | {"shape": tuple(record["shape"])}) for record in records]
+
+    def write_io(self, graph: str, tensors: Sequence[GraphTensor]) -> None:
+        """Keep what `io` returns."""
+        write_json_atomic([asdict(tensor) for tensor in tensors], self.folder / f"{graph}.io.json")
 
     def blocks(self, graph: str) -> list[Block]:
         """The graph cut at the model's blocks, in execution order."""

@@ -17,6 +17,7 @@ from sdconvert.export.artifact import ExportArtifact
 from sdconvert.export.blocks import cut_into_blocks
 from sdconvert.export.compiler_graph import graph_for_compiler
 from sdconvert.export.float_graph import to_float_onnx
+from sdconvert.export.io_manifest import describe_io
 from sdconvert.io.encodings import write_encodings
 from sdconvert.io.files import write_json_atomic
 from sdconvert.metrics import worst_sqnr_db
@@ -66,6 +67,7 @@ def export_graph(recipe: Recipe, folder: RunFolder, out: Path, graph: str) -> tu
     model = graph_for_compiler(simulation, inputs[0], opset=settings.opset, keys_as_rows=settings.keys_as_rows)
     if "onnx_encodings" in settings.targets:
         _write_float_graph(simulation, inputs[0], settings.opset, out / "onnx_encodings" / graph)
+    artifact.write_io(graph, describe_io(model, graph))
     blocks = cut_into_blocks(model, adapter.block_paths())
     leaving = dict.fromkeys(key for block in blocks for key in block.outputs)
     artifact.write_blocks(graph, blocks, simulation.boundary_tensors(inputs[0], leaving))

@@ -13,6 +13,7 @@ from sdconvert.processes import Task, in_processes, in_threads, jobs_for
 from sdconvert.qnn.artifact import QnnArtifact, simulated_path
 from sdconvert.qnn.context import Context, compile_context
 from sdconvert.qnn.fidelity import measure_blocks
+from sdconvert.qnn.io_check import require_io
 from sdconvert.qnn.simulate import Road, simulate_answers, simulate_picture, simulate_response
 from sdconvert.soc import find_soc
 from sdconvert.stages import StageContext
@@ -48,6 +49,7 @@ def _compile(context: StageContext) -> list[Context]:
     context.report.step(0, len(tasks), f"compile {len(graphs)} graphs for {', '.join(soc.name for soc in socs)}")
     largest = max(exported.graph_bytes(graph) for graph in graphs)
     for index, compiled in in_threads(tasks, jobs_for(_COMPILER_BYTES * largest)):
+        require_io(compiled, exported.io(compiled.graph))
         contexts[index] = compiled
         if len(contexts) < len(tasks):
             context.report.step(len(contexts), len(tasks), f"compiled {compiled.graph} for {compiled.soc.name}")

@@ -20,6 +20,7 @@ from sdconvert.pipelines.backend import graph_adapters, swap_backends
 from sdconvert.pipelines.prompt_units import tokenize
 from sdconvert.pipelines.response import compare_responses, noise_differences
 from sdconvert.pipelines.sampling import sampling_arguments
+from sdconvert.qnn.io_check import require_answers_differ
 from sdconvert.qnn.simulator import Simulator
 
 
@@ -50,6 +51,7 @@ def simulate_answers(road: Road, graph: str, target: Path) -> dict[str, Any]:
     (simulator,) = road.simulators(graph).values()
     answers = ExportArtifact(road.run.stage_folder("50-export")).answers(graph)
     simulated = [simulator(inputs) for inputs, *_ in answers]
+    require_answers_differ(graph, [inputs for inputs, *_ in answers], simulated)
     save_tensors(flatten(simulated), target)
     return _score(simulated, answers)
 
