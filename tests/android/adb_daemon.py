@@ -34,7 +34,9 @@ class Stream:
         self.closed = threading.Event()
 
     def read(self) -> bytes:
-        """Return the next bytes of the client, as they came."""
+        """Return the next bytes of the client, as they came; none once the cable is pulled, not even those received."""
+        if self._connection.lost.is_set():
+            raise Gone
         if self._rest:
             data, self._rest = self._rest, b""
             return data
@@ -94,6 +96,7 @@ class Connection:
 
     def __init__(self, channel: socket.socket, device: Services) -> None:
         self._channel, self._device = channel, device
+        self.lost = threading.Event()
         self._sending = threading.Lock()
         self._streams: dict[int, Stream] = {}
 
@@ -116,6 +119,7 @@ class Connection:
 
     def close(self) -> None:
         """Pull the cable: the client learns nothing more."""
+        self.lost.set()
         with contextlib.suppress(OSError):
             self._channel.shutdown(socket.SHUT_RDWR)
         self._channel.close()
