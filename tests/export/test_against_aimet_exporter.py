@@ -69,18 +69,22 @@ def described(model: ModelProto) -> tuple[Counter[str], Counter[tuple[int, tuple
     return Counter(node.op_type for node in model.graph.node), Counter(contents)
 
 
-@pytest.mark.parametrize(("bits", "per_channel"), [(8, True), (8, False), (4, True)])
-def test_both_files_say_the_same(bits: int, per_channel: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("bits", "per_channel", "kind"), [(8, True, "image"), (4, True, "tokens"), (8, False, "tokens")]
+)
+def test_both_files_say_the_same(bits: int, per_channel: bool, kind: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
-    module = nn.Sequential(nn.Conv2d(4, 8, 3), nn.GroupNorm(2, 8), nn.SiLU(), nn.Flatten(2), nn.Linear(16, 16))
-    attending = Attention(query_dim=16, heads=2, dim_head=8, bias=True)
-    for case in (module_case(module, 1, 4, 6, 6), module_case(attending, 1, 6, 16)):
-        settings = load_settings({75}).with_bitwidths(weight=bits, activation=16, per_channel=per_channel)
-        simulation = Simulation(case.adapter, case.samples[0], settings)
-        simulation.calibrate(case.samples)
-        ours = without_seconds(to_onnx(simulation, case.samples[0], opset=21))
-        theirs = aimet_s(simulation, case, tmp_path / "aimet.onnx")
-        assert described(ours) == described(theirs)
-        onnx.save(ours, str(tmp_path / "ours.onnx"))
-        answers = [OnnxRunner(tmp_path / f"{name}.onnx")(case.samples[0])["y"] for name in ("ours", "aimet")]
-        assert torch.equal(*answers)
+    if kind == "image":
+        norm, linear = nn.GroupNorm(2, 8), nn.Linear(16, 16)
+        case = module_case(nn.Sequential(nn.Conv2d(4, 8, 3), norm, nn.SiLU(), nn.Flatten(2), linear), 1, 4, 6, 6)
+    else:
+        case = module_case(Attention(query_dim=16, heads=2, dim_head=8, bias=True), 1, 6, 16)
+    settings = load_settings({75}).with_bitwidths(weight=bits, activation=16, per_channel=per_channel)
+    simulation = Simulation(case.adapter, case.samples[0], settings)
+    simulation.calibrate(case.samples)
+    ours = without_seconds(to_onnx(simulation, case.samples[0], opset=21))
+    theirs = aimet_s(simulation, case, tmp_path / "aimet.onnx")
+    assert described(ours) == described(theirs)
+    onnx.save(ours, str(tmp_path / "ours.onnx"))
+    answers = [OnnxRunner(tmp_path / f"{name}.onnx")(case.samples[0])["y"] for name in ("ours", "aimet")]
+    assert torch.equal(*answers)

@@ -14,6 +14,7 @@ from diffusers.models.attention_processor import Attention
 from onnx import ModelProto, NodeProto, TensorProto, numpy_helper
 from static_graphs import Case, golden_case, module_case, shared_case, shared_simulation, simulate
 
+from sdconvert.export.marked import TENSOR_KEY
 from sdconvert.export.onnx_graph import to_onnx
 from sdconvert.export.runner import OnnxRunner
 from sdconvert.metrics import worst_sqnr_db
@@ -89,7 +90,14 @@ def test_inputs_and_outputs_have_the_graph_s_names_and_static_shapes(exported: E
 
 def test_nothing_of_the_exporting_machine_is_left(exported: Exported) -> None:
     assert b"site-packages" not in exported.path.read_bytes()
-    assert not any(node.metadata_props or node.doc_string for node in exported.model.graph.node)
+    nodes = exported.model.graph.node
+    assert not any(node.doc_string for node in nodes)
+    # What is left says which tensor of the simulation a node makes.
+    assert {(node.op_type, entry.key) for node in nodes for entry in node.metadata_props} == {
+        ("DequantizeLinear", TENSOR_KEY)
+    }
+    keys = {entry.value for node in nodes for entry in node.metadata_props}
+    assert keys <= exported.simulation.encodings().activations.keys()
 
 
 def float_edges(graph: onnx.GraphProto) -> Iterator[tuple[str, str]]:

@@ -30,9 +30,7 @@ def test_a_context_has_the_inputs_and_outputs_of_its_graph(compiled: Compiled) -
 def test_another_order_is_refused(compiled: Compiled) -> None:
     context = compiled("matmul_u16_s16", "SM8650")
     first, second, *rest = exported(context)
-    with pytest.raises(
-        CompileError, match="the inputs of `.*_qnn.bin` differ from .* from number 1 on"
-    ):
+    with pytest.raises(CompileError, match="the inputs of `.*_qnn.bin` differ from .* from number 1 on"):
         require_io(context, [second, first, *rest])
 
 
