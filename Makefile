@@ -21,10 +21,10 @@ convert: $(READY)
 setup: $(READY)
 
 test: $(READY)
-	@$(PY) -m pytest -q -n $(JOBS) --dist loadfile
+	@$(PY) -m pytest -q -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 test-slow: $(READY)
-	@$(PY) -m pytest -q -n $(JOBS) --dist loadfile -m "slow or not slow"
+	@$(PY) -m pytest -q -n $(JOBS) --dist loadfile --no-loadscope-reorder -m "slow or not slow"
 
 lint: $(READY)
 	$(PY) -m ruff check

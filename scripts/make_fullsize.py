@@ -1,7 +1,7 @@
 """Write PASD at the size of Stable Diffusion 1.5 with random weights, for tests of speed and memory.
 
 python scripts/make_fullsize.py build/fullsize [--graph unet|controlnet] [--form diffusers|safetensors|pth]
-    [--dtype float32|float16|bfloat16] [--seed 0]
+    [--dtype float32|float16|bfloat16] [--seed 0] [--channels 320 640 1280 1280]
 
 The UNet has 1,107,755,524 parameters (4.4 GB in float32), the ControlNet 361,289,497. Each graph gets a folder
 `<OUT>/<graph>` with `config.json` and, by form, `diffusion_pytorch_model.safetensors`, `state_dict_mha.safetensors`
@@ -111,9 +111,11 @@ def main() -> None:
     parser.add_argument("--form", choices=FORMS, default="diffusers")
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--channels", type=int, nargs=4, default=SD15["block_out_channels"], help="of the four levels")
     given = parser.parse_args()
+    sizes = {**SD15, "block_out_channels": tuple(given.channels)}
     for graph in [given.graph] if given.graph else GRAPHS:
-        path = write_fullsize(given.out / graph, graph, given.form, given.dtype, given.seed)
+        path = write_fullsize(given.out / graph, graph, given.form, given.dtype, given.seed, sizes)
         print(f"{path} ({path.stat().st_size:,} bytes)")
 
 

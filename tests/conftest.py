@@ -8,6 +8,24 @@ import pytest
 import torch
 
 
+# A file is one piece of work for a worker: the longest come first, so that no worker ends alone.
+LONG = {
+    "test_adaround_memory.py",
+    "test_adaround_killed.py",
+    "test_command.py",
+    "test_fold.py",
+    "test_four_backends.py",
+    "test_onnx_graph.py",
+    "test_proof_on_samples.py",
+    "test_road.py",
+}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Sort the files; tests of a file stay together, and in order."""
+    items.sort(key=lambda item: item.path.name not in LONG)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _threads() -> None:
     """Keep workers of a parallel run from fighting over the cores."""
