@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 
-
 # A file is one piece of work for a worker: the longest come first, so that no worker ends alone.
 LONG = {
     "test_adaround_memory.py",
