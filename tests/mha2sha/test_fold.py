@@ -16,9 +16,8 @@ from sdconvert.quantize.files import from_sections, to_sections
 from sdconvert.quantize.simulation import Simulation
 
 
-@pytest.mark.parametrize(
-    "heads", [2, pytest.param(4, marks=pytest.mark.slow)]
-)  # of dimension 4, whose scale is a power of two, and of dimension 2
+# Of dimension 4, whose scale is a power of two, and of dimension 2.
+@pytest.mark.parametrize("heads", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_folding_keeps_the_function(tmp_path: Path, heads: int) -> None:
     case = small_case(SMALL_UNET | {"attention_head_dim": heads})
     one = case.samples[0]
