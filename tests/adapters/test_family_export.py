@@ -79,7 +79,7 @@ def test_the_quantized_graph_in_onnx_runtime_is_the_simulation(name: str, tmp_pa
     ("name", "at_least"),
     [
         ("clip", 60),
-        ("sdxl_clip_with_projection", 50),
+        pytest.param("sdxl_clip_with_projection", 50, marks=pytest.mark.slow),
         ("pixart", 60),
         pytest.param("clip_openai_activation", 50, marks=pytest.mark.slow),
         pytest.param("sdxl_clip", 55, marks=pytest.mark.slow),

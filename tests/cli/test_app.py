@@ -152,7 +152,7 @@ def test_json_is_one_object_and_progress_json_is_lines(build: str) -> None:
     assert events[1] == {"stage": "10-checkpoint", "event": "step", "done": 1, "total": 2, "note": "half"}
 
 
-@pytest.mark.parametrize("quiet", [["-q"], ["--progress", "none"], ["--progress=none"]])
+@pytest.mark.parametrize("quiet", [["-q"], pytest.param(["--progress=none"], marks=pytest.mark.slow)])
 def test_quiet_runs_leave_stderr_empty(build: str, quiet: list[str]) -> None:
     finished = convert(build, *quiet)
     assert finished.returncode == 0

@@ -27,6 +27,7 @@ def source(tmp_path: Path) -> Path:
     return write_folder(tmp_path / "mha", shared_case("unet"), shared_simulation("unet"))
 
 
+@pytest.mark.slow
 def test_the_reference_s_unet_computes_the_same_per_head(tmp_path: Path) -> None:
     """In fp32 to rounding; quantized, every head has the parent's grids, so the same to the last bits."""
     case = golden_case("unet")

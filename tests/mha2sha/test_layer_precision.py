@@ -23,7 +23,7 @@ LAYERS = {
 }
 
 
-@pytest.mark.parametrize("rewrites", [(), REWRITES], ids=["heads", "rewrites"])
+@pytest.mark.parametrize("rewrites", [pytest.param((), marks=pytest.mark.slow), REWRITES], ids=["heads", "rewrites"])
 def test_the_sha_form_has_the_bits_of_its_mha_form(tmp_path: Path, rewrites: tuple[str, ...]) -> None:
     case = small_case()
     settings = load_settings({75})
