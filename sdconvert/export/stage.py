@@ -14,7 +14,7 @@ class ExportStage:
     title = "write ONNX, run it"
     schema_version = 1
     after = ("10-checkpoint", "20-calibration", "30-quantize", "40-mha2sha")
-    packages = ("torch", "diffusers", "onnx", "onnxruntime")
+    packages = ("torch", "diffusers", "aimet-torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime")
 
     def settings(self, recipe: Recipe) -> dict[str, Any]:
         """See `Stage.settings`."""

@@ -5,7 +5,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
-from typing import Any
+from typing import Any, Literal
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -28,10 +28,7 @@ def plot_layers(graph: str, layers: Mapping[str, float], worst: set[str]) -> str
     Returns:
         An `<svg>` element in the colours `var(--muted)`, `var(--band)`, `var(--dot)` and `var(--bad)`.
     """
-    figure = Figure(figsize=(12, 3.2), layout="constrained")
-    figure.patch.set_visible(False)
-    axes = figure.subplots()
-    axes.patch.set_visible(False)
+    figure, axes = _blank()
     _shade_blocks(axes, list(layers))
     for marked, size in ((False, 9), (True, 22)):
         found = [
@@ -44,9 +41,7 @@ def plot_layers(graph: str, layers: Mapping[str, float], worst: set[str]) -> str
     axes.set_xlim(0.5, len(layers) + 0.5)
     axes.set_xlabel("stored tensors in execution order", color=_COLOURS["muted"])
     axes.set_ylabel("SQNR against fp32 (dB)", color=_COLOURS["muted"])
-    axes.tick_params(colors=_COLOURS["muted"])
-    axes.grid(axis="y", color=_COLOURS["muted"], alpha=0.25, linewidth=0.6)
-    axes.spines[:].set_visible(False)
+    _rule(axes, "y")
     return _to_svg(figure, graph)
 
 
@@ -60,10 +55,7 @@ def plot_blocks(name: str, rows: Sequence[Mapping[str, Any]]) -> str:
     Returns:
         An `<svg>` element, as `plot_layers`.
     """
-    figure = Figure(figsize=(12, 3.2), layout="constrained")
-    figure.patch.set_visible(False)
-    axes = figure.subplots()
-    axes.patch.set_visible(False)
+    figure, axes = _blank()
     labels = [row["block"].replace("_blocks", "").replace("_block", "") for row in rows]
     for key, colour, style, label in (
         ("simulator_vs_quantized_db", "dot", "o-", "HTP to quantized model, block alone"),
@@ -74,9 +66,7 @@ def plot_blocks(name: str, rows: Sequence[Mapping[str, Any]]) -> str:
         axes.plot(range(len(rows)), levels, style, color=_COLOURS[colour], linewidth=1.2, markersize=3, label=label)
     axes.set_xticks(range(len(rows)), labels, rotation=30, ha="right", fontsize=7)
     axes.set_ylabel("SQNR (dB)", color=_COLOURS["muted"])
-    axes.tick_params(colors=_COLOURS["muted"])
-    axes.grid(axis="y", color=_COLOURS["muted"], alpha=0.25, linewidth=0.6)
-    axes.spines[:].set_visible(False)
+    _rule(axes, "y")
     axes.legend(frameon=False, labelcolor=_COLOURS["muted"], fontsize=8)
     return _to_svg(figure, name)
 
@@ -91,19 +81,30 @@ def plot_sizes(points: Sequence[tuple[float, float]], chosen: tuple[float, float
     Returns:
         An `<svg>` element, as `plot_layers`.
     """
-    figure = Figure(figsize=(12, 3.2), layout="constrained")
-    figure.patch.set_visible(False)
-    axes = figure.subplots()
-    axes.patch.set_visible(False)
+    figure, axes = _blank()
     axes.plot(*zip(*points, strict=True), color=_COLOURS["dot"], linewidth=1.5)
     if chosen:
         axes.scatter([chosen[0]], [chosen[1]], s=40, linewidths=0, color=_COLOURS["bad"])
     axes.set_xlabel("bits per weight", color=_COLOURS["muted"])
     axes.set_ylabel("predicted SQNR of the picture (dB)", color=_COLOURS["muted"])
-    axes.tick_params(colors=_COLOURS["muted"])
-    axes.grid(color=_COLOURS["muted"], alpha=0.25, linewidth=0.6)
-    axes.spines[:].set_visible(False)
+    _rule(axes, "both")
     return _to_svg(figure, "sizes")
+
+
+def _blank() -> tuple[Figure, Axes]:
+    """A wide figure without a ground of its own."""
+    figure = Figure(figsize=(12, 3.2), layout="constrained")
+    figure.patch.set_visible(False)
+    axes = figure.subplots()
+    axes.patch.set_visible(False)
+    return figure, axes
+
+
+def _rule(axes: Axes, along: Literal["both", "y"]) -> None:
+    """Thin lines instead of a frame."""
+    axes.tick_params(colors=_COLOURS["muted"])
+    axes.grid(axis=along, color=_COLOURS["muted"], alpha=0.25, linewidth=0.6)
+    axes.spines[:].set_visible(False)
 
 
 def _shade_blocks(axes: Axes, names: list[str]) -> None:
