@@ -8,7 +8,7 @@ import difflib
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, Self, get_args
+from typing import Annotated, Any, Literal, Self, get_args
 
 import yaml
 from pydantic import (
@@ -236,6 +236,9 @@ class ExportSection(_Section):
     targets: tuple[Literal["qdq_onnx", "qnn_context", "onnx_encodings", "dlc"], ...] = ("qdq_onnx", "qnn_context")
     """The road's own two, and for users of the QAIRT SDK `onnx_encodings` (a graph without Q/DQ nodes and its encodings
     file, in `50-export`) and `dlc` (beside each context)."""
+    split: dict[GraphName, Annotated[tuple[str, ...], Field(min_length=1)]] = {}
+    """Graphs that are too large for one context, and the blocks before which they are cut; each part gets a context of
+    its own, and they run one after another. A block that does not exist is answered with those that do."""
     keys_as_rows: bool = True
     """Leave the transposition of attention's keys to the product with the queries: one Transpose less per head."""
 

@@ -36,6 +36,7 @@ def write_bundle(
     model: str,
     contexts: Sequence[Context],
     samples: Sequence[Sample],
+    chains: Mapping[str, Sequence[str]] | None = None,
     scheduler: Mapping[str, Any],
     metrics: Mapping[str, Any],
 ) -> Manifest:
@@ -46,6 +47,7 @@ def write_bundle(
         model: Name of the model, for people.
         contexts: Compiled graphs; every graph for every SoC.
         samples: Test inputs with the answers expected; at least one per graph, ids unique in the bundle.
+        chains: Graphs that were split, each with the graphs that are its parts in execution order.
         scheduler: JSON-able class name, configuration, timesteps and table of the sampler.
         metrics: JSON-able figures expected of the graphs.
 
@@ -70,6 +72,7 @@ def write_bundle(
             qairt=contexts[0].info.qairt,
             socs=tuple({context.soc.name: _soc_record(context) for context in contexts}.values()),
             graphs=graphs,
+            chains={graph: tuple(parts) for graph, parts in (chains or {}).items()},
             scheduler=dict(scheduler),
             samples=tuple(SampleRecord(id=sample.id, graph=sample.graph) for sample in samples),
             metrics=dict(metrics),

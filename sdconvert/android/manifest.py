@@ -75,6 +75,8 @@ class Manifest(_Record):
     """Build of the compiler; the device's runtime must not be older."""
     socs: tuple[SocRecord, ...]
     graphs: tuple[GraphRecord, ...]
+    chains: dict[Name, tuple[Name, ...]] = {}
+    """Models in several graphs, which run one after another; a tensor has the same name in all of them."""
     scheduler: dict[str, Any]
     """The sampler that calls the graphs: class, configuration, and as `table` a `SchedulerSpec`, all a loop needs."""
     samples: tuple[SampleRecord, ...]
@@ -88,6 +90,7 @@ class Manifest(_Record):
         loose = [f"soc {graph.soc}" for graph in self.graphs if graph.soc not in socs]
         loose += [f"file {path}" for g in self.graphs for path in (g.context, g.epcontext) if path not in self.files]
         loose += [f"graph {sample.graph}" for sample in self.samples if sample.graph not in graphs]
+        loose += [f"graph {part}" for parts in self.chains.values() for part in parts if part not in graphs]
         if loose:
             raise ValueError(f"refers to what it does not list: {', '.join(loose)}")
         return self

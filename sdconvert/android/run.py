@@ -25,6 +25,9 @@ def run(context: StageContext) -> dict[str, Any]:
         model=recipe.name,
         contexts=list(compiled.contexts.values()),
         samples=_samples(exported, compiled),
+        chains={
+            graph: [part.name for part in parts] for graph in exported.graphs() if (parts := exported.parts(graph))
+        },
         scheduler=scheduler_record(scheduler, recipe.pipeline.num_inference_steps),
         metrics=compiled.figures,
     )
@@ -53,10 +56,15 @@ def scheduler_record(scheduler: Any, num_inference_steps: int) -> dict[str, Any]
     }
 
 
+def _chains(exported: ExportArtifact) -> dict[str, list[str]]:
+    chains = {graph: [part.name for part in exported.parts(graph)] for graph in exported.graphs()}
+    return {graph: parts for graph, parts in chains.items() if parts}
+
+
 def _samples(exported: ExportArtifact, compiled: QnnArtifact) -> list[Sample]:
     socs = {soc for _, soc in compiled.contexts}
     samples = []
-    for graph in exported.graphs():
+    for graph in exported.compiled_graphs():
         simulated = {soc: compiled.simulated(graph, soc) for soc in sorted(socs)}
         for index, (inputs, fp32, _) in enumerate(exported.answers(graph)):
             answers = {soc: results[index] for soc, results in simulated.items()}

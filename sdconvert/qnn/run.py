@@ -38,7 +38,7 @@ def _compile(context: StageContext) -> list[Context]:
     """Compile every graph for every SoC, SoC by SoC."""
     exported = ExportArtifact(context.run.stage_folder("50-export"))
     socs = [find_soc(name) for name in dict.fromkeys(context.recipe.qnn.socs)]
-    graphs = exported.graphs()
+    graphs = exported.compiled_graphs()
     mode, dlc = context.recipe.qnn.finalization_mode, "dlc" in context.recipe.export.targets
 
     def compile_one(graph: str, soc: Any) -> Context:
@@ -93,7 +93,7 @@ def _tasks(context: StageContext, roads: dict[str, Road]) -> dict[tuple[str, ...
     for call in range(len(data.held_out("controlnet"))):
         tasks["responses", str(call)] = (simulate_response, (first, call))
     for soc, road in roads.items():
-        for name in road.contexts:
+        for name in road.graphs():
             tasks["graphs", name, soc] = (simulate_answers, (road, name, context.out / simulated_path(name, soc)))
     return tasks
 

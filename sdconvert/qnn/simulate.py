@@ -20,6 +20,7 @@ from sdconvert.pipelines.backend import graph_adapters, swap_backends
 from sdconvert.pipelines.prompt_units import tokenize
 from sdconvert.pipelines.response import compare_responses, noise_differences
 from sdconvert.pipelines.sampling import sampling_arguments
+from sdconvert.qnn.chain import Chain, Runner
 from sdconvert.qnn.io_check import require_answers_differ
 from sdconvert.qnn.simulator import Simulator
 
@@ -31,7 +32,15 @@ class Road:
     recipe: Recipe
     run: RunFolder
     contexts: Mapping[str, Path]
-    """EPContext model of every graph, all for one SoC."""
+    """EPContext model of every graph, or of its parts, all for one SoC."""
+
+    def exported(self) -> ExportArtifact:
+        """What the export stage left."""
+        return ExportArtifact(self.run.stage_folder("50-export"))
+
+    def graphs(self) -> list[str]:
+        """Names of the graphs that a pipeline calls, and of the parts of those that are split."""
+        return list(dict.fromkeys([*self.exported().graphs(), *self.contexts]))
 
     def data(self) -> CalibrationArtifact:
         """What calibration left."""
@@ -41,15 +50,22 @@ class Road:
         """The checkpoint in fp32."""
         return CheckpointArtifact(self.run.stage_folder("10-checkpoint")).pipeline()
 
-    def simulators(self, *graphs: str) -> dict[str, Simulator]:
-        """The named graphs in the simulator; all if none is named."""
-        return {graph: Simulator(self.contexts[graph]) for graph in graphs or self.contexts}
+    def simulators(self, *graphs: str) -> dict[str, Runner]:
+        """The named graphs or parts in the simulator; all graphs if none is named."""
+        return {graph: self._simulator(graph) for graph in graphs or self.exported().graphs()}
+
+    def _simulator(self, graph: str) -> Runner:
+        parts = self.exported().parts(graph)
+        if not parts:
+            return Simulator(self.contexts[graph])
+        outputs = [tensor.name for tensor in self.exported().io(graph) if tensor.kind == "output"]
+        return Chain(parts, {part.name: Simulator(self.contexts[part.name]) for part in parts}, outputs)
 
 
 def simulate_answers(road: Road, graph: str, target: Path) -> dict[str, Any]:
     """Run a graph on its held-out inputs, keep what it answers, and compare that with fp32 and the quantized model."""
     (simulator,) = road.simulators(graph).values()
-    answers = ExportArtifact(road.run.stage_folder("50-export")).answers(graph)
+    answers = road.exported().answers(graph)
     simulated = [simulator(inputs) for inputs, *_ in answers]
     require_answers_differ(graph, [inputs for inputs, *_ in answers], simulated)
     save_tensors(flatten(simulated), target)
