@@ -18,6 +18,7 @@ from sdconvert.cli.convert import STAGE_COMMANDS, convert, stage_command
 from sdconvert.cli.doctor import doctor
 from sdconvert.cli.inspect import inspect
 from sdconvert.cli.mha2sha import mha2sha
+from sdconvert.cli.plan import plan
 from sdconvert.cli.session import ProgressStyle, Session
 from sdconvert.errors import SdconvertError
 
@@ -32,6 +33,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command()(convert)
+app.command()(plan)
 for _name, (_to, _summary) in STAGE_COMMANDS.items():
     if _name == "quantize":
         app.add_typer(quantize.app, name=_name)
