@@ -267,15 +267,24 @@ class GatesSection(_Section):
     simulator_vs_fp32_db: float = 35.0
     """SQNR in dB of each graph's outputs in the HTP simulator against fp32."""
     simulator_vs_quantized_db: float = 45.0
-    """SQNR in dB of the same outputs against the quantized torch model."""
+    """SQNR in dB of the same outputs against the quantized torch model, on v73 and later."""
+    simulator_vs_quantized_before_v73_db: float = 40.0
+    """The same on v68 and v69, which multiply with second operands of 8 bits and agree less."""
     block_simulator_vs_quantized_db: float = 50.0
-    """SQNR in dB of each block's outputs in the HTP simulator against the quantized torch model, from the same inputs;
-    for the graphs in `qnn.fidelity`."""
+    """SQNR in dB of each block's outputs in the HTP simulator against the quantized torch model, from the same inputs,
+    on v73 and later; for the graphs in `qnn.fidelity`."""
+    block_simulator_vs_quantized_before_v73_db: float = 38.0
+    """The same on v68 and v69."""
     response_tolerance: float = Field(default=0.05, gt=0)
     """How far the strength of the answer to the prompt, and to the control image, may be from fp32's: 0.05 allows 0.95
     to 1.05 times the change of the predicted noise, in the HTP simulator."""
     image_psnr_db: float = 38.0
     """PSNR in dB (data range 1) of the quantized model's final picture against the fp32 one."""
+
+    def key_of(self, measure: str, arch: int) -> str:
+        """Return the key of the gate that holds a measure, such as `simulator_vs_fp32_db`, on v`arch` of the NPU."""
+        before = f"{measure.removesuffix('_db')}_before_v73_db"
+        return before if arch < 73 and before in type(self).model_fields else measure
 
 
 class ReportSection(_Section):

@@ -1,6 +1,5 @@
 """The work of `60-qnn`: contexts, scores and simulated pictures."""
 
-import math
 import shutil
 from collections import Counter, defaultdict
 from itertools import product
@@ -13,6 +12,7 @@ from sdconvert.processes import Task, in_processes, in_threads, jobs_for
 from sdconvert.qnn.artifact import QnnArtifact, simulated_path
 from sdconvert.qnn.context import Context, compile_context
 from sdconvert.qnn.fidelity import measure_blocks
+from sdconvert.qnn.gates import MEASURES, missed_gates, worst_block, worst_ratio
 from sdconvert.qnn.io_check import require_io
 from sdconvert.qnn.simulate import Road, simulate_answers, simulate_picture, simulate_response
 from sdconvert.soc import find_soc
@@ -130,45 +130,29 @@ def _arrange(keys: list[tuple[str, ...]], found: dict[tuple[str, ...], Any]) -> 
     }
 
 
-def _deviation(ratio: float) -> float:
-    return math.inf if math.isnan(ratio) else abs(ratio - 1)
-
-
 def _metrics(recipe: Recipe, found: dict[str, Any], contexts: list[Context]) -> dict[str, Any]:
-    figures, pictures, responses = found["graphs"], found["pictures"], found["responses"]
-    worst: dict[str, float] = {}
-    missed = []
-    for measure, gate in (
-        ("simulator_vs_fp32_db", recipe.gates.simulator_vs_fp32_db),
-        ("simulator_vs_quantized_db", recipe.gates.simulator_vs_quantized_db),
-    ):
-        for graph, by_soc in figures.items():
-            for soc, scores in by_soc.items():
-                worst[f"{graph}_{soc}_{measure}"] = scores[measure]
-                if not scores[measure] >= gate:
-                    missed.append(f"{graph} on {soc}: {measure} {scores[measure]:.1f} dB, gate {gate:.1f}")
-    blocks, gate = {}, recipe.gates.block_simulator_vs_quantized_db
-    for graph, by_soc in found["fidelity"].items():
-        for soc, rows in by_soc.items():
-            worst_block = min(rows, key=lambda row: row["simulator_vs_quantized_db"])
-            blocks[f"{graph}_{soc}_worst_block_db"] = level = worst_block["simulator_vs_quantized_db"]
-            if not level >= gate:
-                missed.append(f"{graph} on {soc}: block {worst_block['block']} {level:.1f} dB, gate {gate:.1f}")
-    strength: dict[str, float] = {}
-    for kind, calls in responses.items():
-        ratios = [call["ratio"] for call in calls]
-        strength[f"{kind}_response_ratio"] = ratio = max(ratios, key=_deviation)
-        if _deviation(ratio) > recipe.gates.response_tolerance:
-            missed.append(
-                f"the answer to the {kind} is {ratio:.3f} times fp32's, gate 1 ± {recipe.gates.response_tolerance:g}"
-            )
+    worst = {
+        f"{graph}_{soc}_{measure}": scores[measure]
+        for measure in MEASURES
+        for graph, by_soc in found["graphs"].items()
+        for soc, scores in by_soc.items()
+    }
+    blocks = {
+        f"{graph}_{soc}_worst_block_db": worst_block(rows)[1]
+        for graph, by_soc in found["fidelity"].items()
+        for soc, rows in by_soc.items()
+    }
     lowest = min(value for key, value in worst.items() if key.endswith("vs_fp32_db"))
+    pictures = {
+        f"{name}_simulator_vs_fp32_psnr_db": score["simulator_vs_fp32_psnr_db"]
+        for name, score in found["pictures"].items()
+    }
     return {
         **worst,
         **blocks,
-        **strength,
-        **{f"{name}_simulator_vs_fp32_psnr_db": score["simulator_vs_fp32_psnr_db"] for name, score in pictures.items()},
+        **{f"{kind}_response_ratio": worst_ratio(calls) for kind, calls in found["responses"].items()},
+        **pictures,
         "cpu_nodes": sum(one.cpu_nodes for one in contexts),
-        "missed_gates": missed,
+        "missed_gates": missed_gates(recipe.gates, found),
         "note": f"{len(contexts)} contexts, 0 nodes on the CPU, simulator vs fp32 ≥ {lowest:.1f} dB",
     }
