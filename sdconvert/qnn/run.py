@@ -12,7 +12,7 @@ from sdconvert.processes import Task, in_processes, in_threads, jobs_for
 from sdconvert.qnn.artifact import QnnArtifact, simulated_path
 from sdconvert.qnn.context import Context, compile_context
 from sdconvert.qnn.fidelity import measure_blocks
-from sdconvert.qnn.gates import MEASURES, missed_gates, worst_block, worst_ratio
+from sdconvert.qnn.gates import BLOCK_MEASURE, MEASURES, gate_of, missed_gates, worst_block, worst_ratio
 from sdconvert.qnn.io_check import require_io
 from sdconvert.qnn.simulate import Road, simulate_answers, simulate_picture, simulate_response
 from sdconvert.soc import find_soc
@@ -82,9 +82,10 @@ def _tasks(context: StageContext, roads: dict[str, Road]) -> dict[tuple[str, ...
     tasks: dict[tuple[str, ...], Task] = {}
     for graph, soc in product(dict.fromkeys(qnn.fidelity), roads):
         folder = context.out / _BLOCKS / soc / graph
+        gate = gate_of(context.recipe.gates, BLOCK_MEASURE, soc)
         tasks["fidelity", graph, soc] = (
             measure_blocks,
-            (exported, graph, find_soc(soc), folder, qnn.finalization_mode),
+            (exported, graph, find_soc(soc), folder, gate, qnn.finalization_mode),
         )
     for name in data.pictures():
         if name.endswith(TILE):

@@ -34,8 +34,9 @@ class OpLoss:
 
     @property
     def added(self) -> float:
-        """Noise that the op adds, per energy of its output."""
-        return float(10 ** (-self.leaving_db / 10) - 10 ** (-self.entering_db / 10))
+        """Noise that the op adds, per energy of its output; infinite where the output is NaN."""
+        added = float(10 ** (-self.leaving_db / 10) - 10 ** (-self.entering_db / 10))
+        return math.inf if math.isnan(added) else added
 
 
 def worst_ops(
@@ -67,9 +68,7 @@ def worst_ops(
     """
     makers = {name: node for node in model.graph.node for name in node.output}
     # A DequantizeLinear whose integers nothing makes is a weight's.
-    keys = {
-        node.output[0]: key for node in model.graph.node if (key := key_of(node)) and node.input[0] in makers
-    }
+    keys = {node.output[0]: key for node in model.graph.node if (key := key_of(node)) and node.input[0] in makers}
     path = folder / "all_outputs.onnx"
     part = Extractor(model).extract_model([value.name for value in model.graph.input], list(keys))
     onnx.save(part, str(path), save_as_external_data=part.ByteSize() > 1 << 30)
@@ -79,6 +78,7 @@ def worst_ops(
     losses = [
         OpLoss(key, min((levels[source] for source in _sources(name, makers, levels)), default=math.inf), levels[name])
         for name, key in keys.items()
+        if makers[makers[name].input[0]].input[0] not in inputs  # that is no op, but the input's own grid
     ]
     return sorted(losses, key=lambda loss: -loss.added)[:count]
 
