@@ -13,7 +13,9 @@ BUNDLE_PATH = r"[A-Za-z0-9_][A-Za-z0-9_.+-]*(/[A-Za-z0-9_][A-Za-z0-9_.+-]*)*"
 Name = Annotated[str, StringConstraints(pattern=f"^{NAME}$")]
 SampleId = Annotated[str, StringConstraints(pattern=f"^{SAMPLE_ID}$")]
 BundlePath = Annotated[str, StringConstraints(pattern=f"^{BUNDLE_PATH}$")]
-Role = Literal["context", "epcontext", "input", "input_list", "expected_fp32", "expected_sim"]
+Role = Literal["context", "epcontext", "input", "input_list", "expected_fp32", "expected_sim", "loop"]
+LOOP = "loop"
+"""Folder of what stays on this computer, for drawing pictures with the graphs."""
 
 
 class _Record(BaseModel):
@@ -58,6 +60,20 @@ class SampleRecord(_Record):
     graph: Name
 
 
+class LoopRecord(_Record):
+    """What it takes to draw pictures with the graphs; files lie in `loop/` (loop_files.py)."""
+
+    arguments: dict[str, Any]
+    """Of a call of the pipeline, beside the picture."""
+    simulated_soc: Name
+    """The SoC whose contexts drew the simulator's pictures."""
+    pictures: tuple[SampleId, ...]
+
+    def paths(self) -> list[str]:
+        """Return the files of all pictures."""
+        return [f"{LOOP}/{kind}/{name}.safetensors" for kind in ("pictures", "steps") for name in self.pictures]
+
+
 class FileRecord(_Record):
     """Checksum and size of one file, and what it is there for."""
 
@@ -78,6 +94,8 @@ class Manifest(_Record):
     scheduler: dict[str, Any]
     """The sampler that calls the graphs: class, configuration, and as `table` a `SchedulerSpec`, all a loop needs."""
     samples: tuple[SampleRecord, ...]
+    loop: LoopRecord | None = None
+    """What a device's own pictures take; nothing if the graphs cannot sample."""
     metrics: dict[str, Any]
     """Figures expected of the graphs, as measured before shipping."""
     files: dict[BundlePath, FileRecord]
@@ -88,6 +106,9 @@ class Manifest(_Record):
         loose = [f"soc {graph.soc}" for graph in self.graphs if graph.soc not in socs]
         loose += [f"file {path}" for g in self.graphs for path in (g.context, g.epcontext) if path not in self.files]
         loose += [f"graph {sample.graph}" for sample in self.samples if sample.graph not in graphs]
+        if self.loop:
+            loose += [f"file {path}" for path in self.loop.paths() if path not in self.files]
+            loose += [f"soc {self.loop.simulated_soc}"] if self.loop.simulated_soc not in socs else []
         if loose:
             raise ValueError(f"refers to what it does not list: {', '.join(loose)}")
         return self

@@ -6,6 +6,7 @@ thread, which stops where it calls a graph; once all have stopped, their calls a
 
 import threading
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -38,21 +39,10 @@ class _AbortedError(Exception):
 
 
 @dataclass
-class _Task:
-    """One thread's work, and what came of it."""
-
-    work: Callable[[], Any]
-    owner: str
-    parent: "_Group"
-    result: Any = None
-    error: BaseException | None = None
-
-
-@dataclass
 class _Group:
     """Threads that somebody waits for."""
 
-    tasks: list[_Task] = field(default_factory=list)
+    futures: list[Future[Any]] = field(default_factory=list)
     open: int = 0
 
 
@@ -97,7 +87,7 @@ class Lockstep:
         with self._changed:
             self._busy -= 1
             self._changed.notify_all()
-            # The last of the group has counted this thread in again.
+            # The last of the group leaves its place to this thread.
             self._changed.wait_for(lambda: not group.open)
         return _results(group)
 
@@ -121,7 +111,9 @@ class Lockstep:
                     self._busy += len(batch)
                     self._changed.notify_all()
         except BaseException:
-            self._abort()
+            with self._changed:
+                self._aborted = True
+                self._changed.notify_all()
             raise
         finally:
             with self._changed:
@@ -134,37 +126,30 @@ class Lockstep:
             self._changed.wait_for(lambda: self._busy <= 0 or self._aborted)
             return bool(self._waiting) and not self._aborted
 
-    def _abort(self) -> None:
-        with self._changed:
-            self._aborted = True
-            self._changed.notify_all()
-
     def _start(self, works: Collection[tuple[str, Callable[[], Any]]]) -> _Group:
-        group = _Group(open=len(works))
-        group.tasks = [_Task(work, owner, group) for owner, work in works]
-        nested = hasattr(self._thread, "owner")
+        group, nested = _Group(open=len(works)), hasattr(self._thread, "owner")
         with self._changed:
             self._busy += len(works)
-        for task in group.tasks:
-            # Daemons: a run that is interrupted here must not keep the process alive.
-            threading.Thread(target=self._do, args=(task, nested), daemon=True).start()
+        pool = ThreadPoolExecutor(max_workers=max(1, len(works)))
+        group.futures = [pool.submit(self._do, owner, work, group, nested) for owner, work in works]
+        pool.shutdown(wait=False)
         return group
 
-    def _do(self, task: _Task, nested: bool) -> None:
-        self._thread.owner = task.owner
+    def _do(self, owner: str, work: Callable[[], Any], group: _Group, nested: bool) -> Any:
+        self._thread.owner = owner
+        done = False
         try:
             # Whether gradients are recorded is each thread's own affair.
             with torch.no_grad():
-                task.result = task.work()
-        except BaseException as error:  # handed on to who waits for the group
-            task.error = error
-            self._abort()
+                result = work()
+            done = True
+            return result
         finally:
             with self._changed:
-                task.parent.open -= 1
-                self._busy -= 1
-                if nested and not task.parent.open:
-                    self._busy += 1
+                self._aborted |= not done
+                group.open -= 1
+                # Who waits for a group goes on with the last of it.
+                self._busy -= 1 if group.open or not nested else 0
                 self._changed.notify_all()
 
 
@@ -173,8 +158,8 @@ def _bound(function: Callable[[_Item], _Result], item: _Item) -> Callable[[], _R
 
 
 def _results(group: _Group) -> list[Any]:
-    errors = [task.error for task in group.tasks if task.error is not None]
+    errors = [error for future in group.futures if (error := future.exception())]
     if errors:
         # A run that was ended for another one's failure says nothing of its own.
         raise next((error for error in errors if not isinstance(error, _AbortedError)), errors[0])
-    return [task.result for task in group.tasks]
+    return [future.result() for future in group.futures]

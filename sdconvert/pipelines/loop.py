@@ -25,7 +25,6 @@ class Each(Protocol):
         """Return the answers."""
 
 
-
 # What the loop itself tells a model function, besides the models.
 _OF_THE_STEP = ("timestep", "progress_id", "side", "each")
 _OF_THE_LOOP = ("latents", "scheduler", "generator", "cfg_scale")

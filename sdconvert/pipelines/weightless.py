@@ -26,7 +26,7 @@ def copy_without_weights(model: Path, target: Path) -> None:
         target: A folder that does not exist yet.
     """
     for part in _WHOLE:
-        shutil.copytree(model / part, target / part)
+        shutil.copytree(model / part, target / part, ignore=shutil.ignore_patterns(".*"))
     for part in _FAMILIES:
         (target / part).mkdir(parents=True)
         shutil.copyfile(model / part / "config.json", target / part / "config.json")
@@ -38,5 +38,7 @@ def weightless_pipeline(folder: Path) -> PASDPipeline:
     Raises:
         CheckpointError: A file is missing or damaged.
     """
-    models = {name: build_on_meta(family, read_config(folder / name / "config.json")) for name, family in _FAMILIES.items()}
+    models = {
+        name: build_on_meta(family, read_config(folder / name / "config.json")) for name, family in _FAMILIES.items()
+    }
     return PASDPipeline(**models, scheduler=load_scheduler(folder), tokenizer=load_tokenizer(folder / "tokenizer"))
