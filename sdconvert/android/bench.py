@@ -1,17 +1,29 @@
 """Benchmark a bundle: run it, compare every answer with what was expected, and write down times as they were taken."""
 
+from collections.abc import Collection
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from sdconvert.android.loop_files import loop_of
+from sdconvert.android.loop_scores import closed_loop, loop_page, teacher_forced
 from sdconvert.android.manifest import Manifest
 from sdconvert.android.runners import Runner, graphs_of
 from sdconvert.android.scores import accuracy_figures, latency_figures
 from sdconvert.io.files import write_json_atomic, write_text_atomic
 
 RESULT, PAGE = "bench.json", "bench.md"
+LoopMode = Literal["closed", "teacher-forced"]
+"""Whether a step begins where the one before ended, or where fp32 was."""
 
 
-def bench(bundle: Path, manifest: Manifest, runner: Runner, out: Path, inferences: int) -> dict[str, Any]:
+def bench(
+    bundle: Path,
+    manifest: Manifest,
+    runner: Runner,
+    out: Path,
+    inferences: int,
+    loops: Collection[LoopMode] = (),
+) -> dict[str, Any]:
     """Run a bundle and write `bench.json` and `bench.md` into `out`; returns what `bench.json` holds.
 
     Args:
@@ -20,10 +32,14 @@ def bench(bundle: Path, manifest: Manifest, runner: Runner, out: Path, inference
         runner: Who runs it.
         out: Folder of the result.
         inferences: How often each graph is run for its time.
+        loops: How the test pictures are sampled; not at all without any.
 
     Raises:
+        UsageError: Loops are asked for, and the bundle has nothing to sample with.
         DeviceError: A device did not do what was asked, or its answers make no sense.
     """
+    if loops:
+        loop_of(manifest)
     run = runner.run(bundle, manifest, inferences)
     result: dict[str, Any] = {
         "schema_version": 1,
@@ -44,6 +60,11 @@ def bench(bundle: Path, manifest: Manifest, runner: Runner, out: Path, inference
             for graph in graphs_of(manifest, run.soc)
         ],
     }
+    executor = runner.executor(bundle, manifest)
+    if "closed" in loops:
+        result["closed_loop"] = closed_loop(bundle, manifest, executor, run.soc, out)
+    if "teacher-forced" in loops:
+        result["teacher_forced"] = teacher_forced(bundle, manifest, executor, run.soc)
     write_json_atomic(result, out / RESULT)
     write_text_atomic(bench_page(result), out / PAGE)
     return result
@@ -82,5 +103,6 @@ def bench_page(result: dict[str, Any]) -> str:
         f"| {' | '.join(columns)} |",
         f"|{'---|' * len(columns)}",
         *(f"| {' | '.join(row)} |" for row in bench_rows(result)),
+        *loop_page(result, "" if result["is_device"] else " (no device)"),
     ]
     return "\n".join(lines) + "\n"

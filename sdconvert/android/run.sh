@@ -2,6 +2,10 @@
 # Runs the graphs of a pushed bundle: check, env, accuracy, latency, done.
 #
 #   sh run.sh RUN SOC LIMIT_S INFERENCES GRAPH[:native]...
+#   sh run.sh RUN SOC LIMIT_S loop GRAPH[:native]
+#
+# The second form answers one call of a loop: the graph over the list ../loop/GRAPH.txt, once ../loop/GRAPH.sums is
+# right. Everything of it is in ../loop instead of ../out, and answers of other graphs stay there as inputs for this one.
 #
 # A graph's input files hold float32, which the runner converts; after `:native` they hold the graph's own type.
 #
@@ -13,6 +17,7 @@ run=$1 soc=$2 limit=$3 inferences=$4
 shift 4
 cd "${0%/*}" || exit 9
 out=../out
+[ "$inferences" = loop ] && out=../loop
 runner=./bin/qnn-net-run
 lines="run $run" step=start child= watcher=
 
@@ -87,6 +92,7 @@ measure() {
   done
 }
 
+# Compares files with the checksums in the file $1.
 check() {
   checked=0
   while read -r sum name; do
@@ -94,7 +100,7 @@ check() {
     [ -f "$name" ] && found=$(sha256sum "$name")
     [ "${found%% *}" = "$sum" ] || fail "bad_checksum $name"
     checked=$((checked + 1))
-  done <sums.txt
+  done <"$1"
   say "check ok files=$checked"
 }
 
@@ -125,13 +131,36 @@ run_graph() {
   [ "$code" = 0 ] || fail "runner_failed $graph $code"
 }
 
-rm -rf "$out"
+# Runs the graph as `run_graph` does, and tells how many answers it left.
+answer() {
+  run_graph "$@"
+  results=0
+  for folder in "$out/$1/$graph"/Result_*; do
+    [ -d "$folder" ] && results=$((results + 1))
+  done
+  measure "$out/$1/$graph"/Result_*/*.raw
+  say "$1 ok graph=$graph results=$results files=$files bytes=$bytes peak_kb=$peak_kb"
+}
+
+[ "$inferences" = loop ] || rm -rf "$out"
 mkdir -p "$out" || exit 9
 trap hangup HUP TERM
 
 step=check
 say "begin check"
-check
+if [ "$inferences" = loop ]; then
+  parse "$1"
+  check "$out/$graph.sums"
+  step=env
+  env_step
+  step=answer
+  rm -rf "$out/answer/$graph"
+  say "begin answer graph=$graph"
+  answer answer "$out/$graph.txt" --perf_profile burst --profiling_level basic
+  say "done"
+  exit 0
+fi
+check sums.txt
 
 step=env
 say "begin env"
@@ -141,13 +170,7 @@ step=accuracy
 for argument; do
   parse "$argument"
   say "begin accuracy graph=$graph"
-  run_graph accuracy "input_list_$graph.txt"
-  results=0
-  for folder in "$out/accuracy/$graph"/Result_*; do
-    [ -d "$folder" ] && results=$((results + 1))
-  done
-  measure "$out/accuracy/$graph"/Result_*/*.raw
-  say "accuracy ok graph=$graph results=$results files=$files bytes=$bytes peak_kb=$peak_kb"
+  answer accuracy "input_list_$graph.txt"
 done
 
 step=latency

@@ -12,7 +12,9 @@ import torch
 
 from sdconvert.android.adb import Adb
 from sdconvert.android.device import Phone
+from sdconvert.android.device_loop import PhoneExecutor
 from sdconvert.android.device_run import pull_results, run_bundle, run_script
+from sdconvert.android.executors import Executor, SimulatorExecutor
 from sdconvert.android.manifest import GraphRecord, Manifest
 from sdconvert.android.push import LocalFile, device_files, push
 from sdconvert.android.scores import read_profile, read_raw
@@ -52,6 +54,9 @@ class Runner(Protocol):
     def run(self, bundle: Path, manifest: Manifest, inferences: int) -> BundleRun:
         """Run a verified bundle."""
 
+    def executor(self, bundle: Path, manifest: Manifest) -> Executor:
+        """Return who answers the calls of a sampling loop over a bundle that `run` has run."""
+
 
 @dataclass
 class SimulatorRunner:
@@ -88,6 +93,10 @@ class SimulatorRunner:
                 times.append((time.perf_counter() - begin) * 1e3)
             runs[graph.name] = GraphRun(answers, {"simulator": times})
         return BundleRun(self.soc, runs, notes=["times are the simulator's on this computer, no figure of a device"])
+
+    def executor(self, bundle: Path, manifest: Manifest) -> Executor:
+        """See `Runner`."""
+        return SimulatorExecutor(graphs_of(manifest, self.soc), bundle, self.load)
 
 
 @dataclass
@@ -147,6 +156,14 @@ class PhoneRunner:
                 )
         device = {key: value for key, value in vars(self.phone).items() if key != "soc"}
         return BundleRun(self.soc, runs, {**device, "soc": self.phone.soc.name}, list(self.phone.notes))
+
+    def executor(self, bundle: Path, manifest: Manifest) -> Executor:
+        """See `Runner`."""
+
+        def times_ms(log: Path) -> list[float]:
+            return read_profile(self._profile(log), "QNN (execute) time")
+
+        return PhoneExecutor(self.adb, graphs_of(manifest, self.soc), self.remote, self.limit_s, times_ms)
 
     def _profile(self, log: Path) -> Path:
         """Return the profile as CSV; the runner writes it in a form of its own."""

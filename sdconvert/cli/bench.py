@@ -2,7 +2,7 @@
 
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -20,6 +20,15 @@ class RunnerName(StrEnum):
     SIM = "sim"
 
 
+class Loop(StrEnum):
+    """How the test pictures are sampled."""
+
+    CLOSED = "closed"
+    TEACHER_FORCED = "teacher-forced"
+    BOTH = "both"
+    NONE = "none"
+
+
 def bench(
     ctx: typer.Context,
     bundle: Annotated[Path, typer.Argument(help="A bundle's folder, such as build/pasd_tiny/70-android/bundle.")],
@@ -35,6 +44,13 @@ def bench(
     adb: Annotated[Path | None, typer.Option(metavar="FILE", help="The program adb; default: the one on PATH.")] = None,
     remote_dir: Annotated[str | None, typer.Option(metavar="DIR", help="Folder on the phone.")] = None,
     soc: Annotated[str | None, typer.Option(metavar="NAME", help="With sim: which SoC of the bundle.")] = None,
+    loop: Annotated[
+        Loop | None,
+        typer.Option(
+            help="Sample the test pictures: each step from where the last one ended, or from where fp32 was. "
+            "Default: both, if the bundle holds pictures."
+        ),
+    ] = None,
 ) -> None:
     """Run a bundle and compare its answers with those expected.
 
@@ -63,7 +79,10 @@ def bench(
         if runner is RunnerName.SIM
         else _phone(manifest, qairt_sdk, serial or "", adb, remote_dir or "/data/local/tmp/sdconvert")
     )
-    result = run_bench(bundle, manifest, made, out, inferences)
+    asked = loop or (Loop.BOTH if manifest.loop else Loop.NONE)
+    modes: tuple[Literal["closed", "teacher-forced"], ...] = ("closed", "teacher-forced")
+    loops = [mode for mode in modes if asked in (mode, Loop.BOTH)]
+    result = run_bench(bundle, manifest, made, out, inferences, loops)
     columns = bench_columns(result)
     session: Session = ctx.obj
     session.show(

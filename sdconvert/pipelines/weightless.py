@@ -2,6 +2,7 @@
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 from sdconvert.models.config_json import read_config
 from sdconvert.pipelines.layouts import build_on_meta
@@ -38,7 +39,6 @@ def weightless_pipeline(folder: Path) -> PASDPipeline:
     Raises:
         CheckpointError: A file is missing or damaged.
     """
-    models = {
-        name: build_on_meta(family, read_config(folder / name / "config.json")) for name, family in _FAMILIES.items()
-    }
+    configs = {name: read_config(folder / name / "config.json") for name in _FAMILIES}
+    models: dict[str, Any] = {name: build_on_meta(family, configs[name]) for name, family in _FAMILIES.items()}
     return PASDPipeline(**models, scheduler=load_scheduler(folder), tokenizer=load_tokenizer(folder / "tokenizer"))
