@@ -127,12 +127,8 @@ def loop_page(result: Mapping[str, Any], whose: str) -> list[str]:
             )
             for step in forced["steps"]
         ]
-        lines += [
-            "",
-            "## Noise predicted in each step of fp32's runs, every step by itself",
-            "",
-            *_table(columns, rows),
-        ]
+        lines += ["", "## Noise predicted from where fp32 was, each step by itself", ""]
+        lines += _table(forced_columns, forced_rows)
     return lines
 
 

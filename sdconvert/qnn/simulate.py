@@ -16,7 +16,7 @@ from sdconvert.config import Recipe
 from sdconvert.export.artifact import ExportArtifact
 from sdconvert.io.tensors import flatten, save_tensors
 from sdconvert.metrics import psnr_db, sqnr_db, worst_sqnr_db
-from sdconvert.pipelines.backend import graph_adapters, swap_backends
+from sdconvert.pipelines.backend import GraphRunner, graph_adapters, swap_backends
 from sdconvert.pipelines.prompt_units import tokenize
 from sdconvert.pipelines.response import compare_responses, noise_differences, predicted_noise
 from sdconvert.pipelines.sampling import sampling_arguments
@@ -72,7 +72,10 @@ def simulate_steps(road: Road, name: str, target: Path) -> dict[str, list[float]
     """
     fp32, simulators = road.pipeline(), road.simulators("controlnet", "unet")
     adapters = graph_adapters(fp32, road.recipe.pipeline.conditioning_scale)
-    runners = {"fp32": {graph: adapters[graph].run for graph in simulators}, "simulator": simulators}
+    runners: dict[str, Mapping[str, GraphRunner]] = {
+        "fp32": {graph: adapters[graph].run for graph in simulators},
+        "simulator": simulators,
+    }
     calls = [inputs for info, inputs in road.data().evaluation("controlnet").samples() if info.picture == name]
     steps = [{kind: predicted_noise(those, call) for kind, those in runners.items()} for call in calls]
     save_tensors(flatten(steps), target)
