@@ -42,7 +42,7 @@ ARGUMENTS: dict[str, Any] = {
     "latent_overlap": 4,
     "color_fix": True,
 }
-CONTROLNET_INPUTS = ("sample", "t_emb", "encoder_hidden_states", "controlnet_cond")
+FIRST = ("sample", "t_emb", "encoder_hidden_states", "controlnet_cond")
 NAMES = ("chelsea-tile", "china-tile")
 
 
@@ -55,8 +55,7 @@ class Fp32:
     def execute(self, graph: str, calls: Sequence[Mapping[str, Tensor]], *, keep: bool) -> Answered:
         self.calls.append((graph, len(calls), keep))
         # The models take inputs by their place, and a file does not keep the order of names.
-        order = [name for name in CONTROLNET_INPUTS if graph == "controlnet"]
-        named = [{name: call[name] for name in order or call} for call in calls]
+        named = [{name: call[name] for name in (*FIRST, *call) if name in call} for call in calls]
         return Answered([self.adapters[graph].run(call) for call in named], [1.5] * len(calls))
 
 
