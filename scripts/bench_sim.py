@@ -15,8 +15,10 @@ from adb_rig import Rig, adb_environment, bundled_adb
 from sdconvert.android.adb import Adb
 from sdconvert.android.bench import bench, bench_page
 from sdconvert.android.device import ask_phone, choose_soc
+from sdconvert.android.measure import Job
 from sdconvert.android.push import local_file
 from sdconvert.android.runners import PhoneRunner, graphs_of
+from sdconvert.android.timing import Plan
 from sdconvert.android.verify import verify_bundle
 
 _REMOTE = "/data/local/tmp/sdconvert"
@@ -44,7 +46,8 @@ def main() -> None:
             }
             files["bin/qnn-net-run"] = local_file(phone.stand_in_runner(folder))
             runner = PhoneRunner(adb, asked, soc, files, None, _REMOTE, warm_up=0)
-            result = bench(options.bundle, manifest, runner, folder / "result", options.inferences)
+            job = Job(options.bundle, manifest, runner)
+            [result] = bench([job], [folder / "result"], Plan(inferences=options.inferences))
         finally:
             rig.close()
             rig.kill_server()

@@ -22,7 +22,9 @@ class RunnerName(StrEnum):
 
 def bench(
     ctx: typer.Context,
-    bundle: Annotated[Path, typer.Argument(help="A bundle's folder, such as build/pasd_tiny/70-android/bundle.")],
+    bundles: Annotated[
+        list[Path], typer.Argument(help="Folder of a bundle, such as build/pasd_tiny/70-android/bundle; or of two.")
+    ],
     runner: Annotated[RunnerName, typer.Option(help="On an Android phone, or in the simulator here.")] = (
         RunnerName.QNN_NET_RUN
     ),
@@ -35,6 +37,15 @@ def bench(
     adb: Annotated[Path | None, typer.Option(metavar="FILE", help="The program adb; default: the one on PATH.")] = None,
     remote_dir: Annotated[str | None, typer.Option(metavar="DIR", help="Folder on the phone.")] = None,
     soc: Annotated[str | None, typer.Option(metavar="NAME", help="With sim: which SoC of the bundle.")] = None,
+    cool_down: Annotated[
+        int | None, typer.Option(metavar="SECONDS", min=0, help="Longest wait for a cool phone; default: 300.")
+    ] = None,
+    op_profile: Annotated[
+        bool, typer.Option("--op-profile", help="Take the cycles of every op too, in a run of its own.")
+    ] = False,
+    sustained: Annotated[
+        float | None, typer.Option(metavar="MINUTES", min=0.1, help="Run the dominant graph so long without a pause.")
+    ] = None,
 ) -> None:
     """Run a bundle and compare its answers with those expected.
 
@@ -42,7 +53,9 @@ def bench(
     figure of a device.
     """
     from sdconvert.android.bench import bench as run_bench
-    from sdconvert.android.bench import bench_columns, bench_rows
+    from sdconvert.android.bench import bench_columns, bench_rows, require_valid
+    from sdconvert.android.measure import Job
+    from sdconvert.android.timing import Plan
     from sdconvert.android.verify import verify_bundle
     from sdconvert.errors import UsageError
 
@@ -51,10 +64,14 @@ def bench(
         "--serial": serial,
         "--adb": adb,
         "--remote-dir": remote_dir,
+        "--cool-down": cool_down,
+        "--op-profile": op_profile or None,
+        "--sustained": sustained,
     }
     idle = for_phones if runner is RunnerName.SIM else {"--soc": soc}
     if given := [name for name, value in idle.items() if value is not None]:
         raise UsageError(f"{', '.join(given)} has no effect with --runner {runner}", hint="leave it out")
+    [bundle] = bundles
     if bundle.is_file():
         raise UsageError(f"`{bundle}` is no folder", hint="unpack the tar: `tar xf`")
     manifest = verify_bundle(bundle)
@@ -63,7 +80,13 @@ def bench(
         if runner is RunnerName.SIM
         else _phone(manifest, qairt_sdk, serial or "", adb, remote_dir or "/data/local/tmp/sdconvert")
     )
-    result = run_bench(bundle, manifest, made, out, inferences)
+    plan = Plan(
+        inferences=inferences,
+        cool_down_s=300 if cool_down is None else cool_down,
+        op_profile=op_profile,
+        sustained_minutes=sustained or 0,
+    )
+    [result] = run_bench([Job(bundle, manifest, made)], [out], plan)
     columns = bench_columns(result)
     session: Session = ctx.obj
     session.show(
@@ -72,6 +95,7 @@ def bench(
         Table(columns, bench_rows(result), right=columns[1:]),
         f"result: {out / 'bench.json'}",
     )
+    require_valid([result])
 
 
 def _simulator(manifest: "Manifest", name: str | None) -> "Runner":
