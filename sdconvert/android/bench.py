@@ -2,7 +2,7 @@
 
 import hashlib
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from sdconvert.android.climate import SCATTER
 from sdconvert.android.image_time import image_time
 from sdconvert.android.manifest import GraphRecord, Manifest
 from sdconvert.android.measure import Job, Measured, measure
+from sdconvert.android.plausibility import doubt
 from sdconvert.android.scores import accuracy_figures, sustained_figures, timing_figures
 from sdconvert.android.timing import Plan
 from sdconvert.errors import DeviceError
@@ -56,7 +57,7 @@ def _result(job: Job, found: Measured, session: str) -> dict[str, Any]:
         "climate": found.climate.record(),
         "cooled_s": found.cooled_s,
         "test_inputs": _test_inputs(manifest),
-        "notes": [*found.notes, *_scatter_notes(graphs)],
+        "notes": [*found.notes, *_scatter_notes(graphs), *(_doubts(job, valid) if runner.is_device else [])],
         "graphs": graphs,
         "image": image_time(manifest, valid) if runner.is_device else None,
     }
@@ -64,6 +65,16 @@ def _result(job: Job, found: Measured, session: str) -> dict[str, Any]:
         name, timing = found.sustained
         result["sustained"] = {"graph": name, **sustained_figures(timing)}
     return result
+
+
+def _doubts(job: Job, median_ms: Mapping[str, float]) -> list[str]:
+    sizes = {graph.name: job.manifest.files[graph.context].bytes for graph in job.graphs}
+    told = (
+        doubt(graph, sizes[graph.name], graph.soc, median_ms[graph.name])
+        for graph in job.graphs
+        if graph.name in median_ms
+    )
+    return [text for text in told if text]
 
 
 def _scatter_notes(graphs: Sequence[dict[str, Any]]) -> list[str]:
