@@ -95,7 +95,7 @@ def doubt(graph: GraphRecord, context_bytes: int, soc: str, p50_ms: float) -> st
         return ""
     told = f"`{graph.name}` took {p50_ms:.1f} ms; {reference:g} ms are published for {soc} ({SOURCE})"
     if p50_ms > _SLOW * reference:
-        return f"{told}: {p50_ms / reference:.1f} times as long looks like work on the CPU, or a graph that spills out of VTCM"
+        return f"{told}: {p50_ms / reference:.1f} times as long looks like work on the CPU, or a spill of VTCM"
     if p50_ms * _FAST < reference:
         return f"{told}: {reference / p50_ms:.1f} times as fast looks like a graph that does not do all of its work"
     return ""

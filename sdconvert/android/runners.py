@@ -148,7 +148,7 @@ class PhoneRunner:
             EnvironmentProblem: A profile is binary, and no viewer converts it.
         """
         with self._run(manifest, graph, f"latency={inferences + self.warm_up}", self.limit_s) as (folder, step):
-            profile = Profile(self._csv(folder / "qnn-profiling-data_0.log"))
+            profile = Profile(self._profile(folder / "qnn-profiling-data_0.log"))
             timing = _timing(folder, profile, step)
         times = timing.times_ms[self.warm_up :]
         if len(times) != inferences:
@@ -165,7 +165,7 @@ class PhoneRunner:
             DeviceError: The phone did not do what was asked, or the profile has no ops.
         """
         with self._run(manifest, graph, f"profile={_PROFILED}", self.limit_s) as (folder, _):
-            return Profile(self._csv(folder / "qnn-profiling-data_0.log")).ops()
+            return Profile(self._profile(folder / "qnn-profiling-data_0.log")).ops()
 
     def sustain(self, manifest: Manifest, graph: GraphRecord, seconds: int) -> Timing:
         """Run a graph without a pause in the mode for long work; every inference counts.
@@ -174,7 +174,7 @@ class PhoneRunner:
             DeviceError: The phone did not do what was asked.
         """
         with self._run(manifest, graph, f"sustained={seconds}", self.limit_s + seconds) as (folder, step):
-            return _timing(folder, Profile(self._csv(folder / "qnn-profiling-data_0.log")), step)
+            return _timing(folder, Profile(self._profile(folder / "qnn-profiling-data_0.log")), step)
 
     def climate(self) -> Climate:
         """See `Runner`."""
@@ -202,7 +202,7 @@ class PhoneRunner:
             pull_results(self.adb, self.remote, status, results)
             yield results
 
-    def _csv(self, log: Path) -> Path:
+    def _profile(self, log: Path) -> Path:
         """Return the profile as CSV; the runner writes it in a form of its own."""
         if log.read_bytes().startswith(b"Msg Timestamp"):
             return log

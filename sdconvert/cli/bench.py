@@ -2,15 +2,18 @@
 
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from sdconvert.cli.compare import comparison_blocks
 from sdconvert.cli.session import Session, Table
 
 if TYPE_CHECKING:
     from sdconvert.android.manifest import Manifest
     from sdconvert.android.runners import Runner
+
+_ROUNDS = 10
 
 
 class RunnerName(StrEnum):
@@ -47,13 +50,14 @@ def bench(
         float | None, typer.Option(metavar="MINUTES", min=0.1, help="Run the dominant graph so long without a pause.")
     ] = None,
 ) -> None:
-    """Run a bundle and compare its answers with those expected.
+    """Run a bundle, or two in turns, and compare its answers with those expected.
 
     Only what changed is sent to the phone. `bench.json` keeps every time as it was taken; the simulator's times are no
-    figure of a device.
+    figure of a device. Two bundles take turns on one device, are compared, and have the results `a`, `b` and `compare`.
     """
     from sdconvert.android.bench import bench as run_bench
-    from sdconvert.android.bench import bench_columns, bench_rows, require_valid
+    from sdconvert.android.bench import require_valid
+    from sdconvert.android.compare import check_bundles, compare, write_comparison
     from sdconvert.android.measure import Job
     from sdconvert.android.timing import Plan
     from sdconvert.android.verify import verify_bundle
@@ -71,31 +75,47 @@ def bench(
     idle = for_phones if runner is RunnerName.SIM else {"--soc": soc}
     if given := [name for name, value in idle.items() if value is not None]:
         raise UsageError(f"{', '.join(given)} has no effect with --runner {runner}", hint="leave it out")
-    [bundle] = bundles
-    if bundle.is_file():
-        raise UsageError(f"`{bundle}` is no folder", hint="unpack the tar: `tar xf`")
-    manifest = verify_bundle(bundle)
-    made = (
-        _simulator(manifest, soc)
-        if runner is RunnerName.SIM
-        else _phone(manifest, qairt_sdk, serial or "", adb, remote_dir or "/data/local/tmp/sdconvert")
-    )
+    if len(bundles) > 2:
+        raise UsageError(f"{len(bundles)} bundles", hint="bench one, or two that are to be compared")
+    jobs = []
+    for index, bundle in enumerate(bundles):
+        if bundle.is_file():
+            raise UsageError(f"`{bundle}` is no folder", hint="unpack the tar: `tar xf`")
+        manifest = verify_bundle(bundle)
+        remote = (remote_dir or "/data/local/tmp/sdconvert") + ("/second" if index else "")
+        made = (
+            _simulator(manifest, soc)
+            if runner is RunnerName.SIM
+            else _phone(manifest, qairt_sdk, serial or "", adb, remote)
+        )
+        jobs.append(Job(bundle, manifest, made))
     plan = Plan(
         inferences=inferences,
+        rounds=1 if len(jobs) == 1 else _ROUNDS,
         cool_down_s=300 if cool_down is None else cool_down,
         op_profile=op_profile,
         sustained_minutes=sustained or 0,
     )
-    [result] = run_bench([Job(bundle, manifest, made)], [out], plan)
-    columns = bench_columns(result)
     session: Session = ctx.obj
-    session.show(
-        {**result, "out": str(out)},
-        *result["notes"],
-        Table(columns, bench_rows(result), right=columns[1:]),
-        f"result: {out / 'bench.json'}",
-    )
-    require_valid([result])
+    if len(jobs) == 1:
+        results = run_bench(jobs, [out], plan)
+        session.show({**results[0], "out": str(out)}, *_blocks(results[0]), f"result: {out / 'bench.json'}")
+    else:
+        check_bundles(jobs)
+        results = run_bench(jobs, [out / "a", out / "b"], plan)
+        comparison = compare(*results)
+        write_comparison(comparison, out)
+        shown = [block for result in results for block in _blocks(result)]
+        data = {"results": results, "comparison": comparison, "out": str(out)}
+        session.show(data, *shown, *comparison_blocks(comparison), f"result: {out / 'compare.json'}")
+    require_valid(results)
+
+
+def _blocks(result: dict[str, Any]) -> list["Table | str"]:
+    from sdconvert.android.bench import bench_columns, bench_rows
+
+    columns = bench_columns(result)
+    return [f"{result['model']} on {result['soc']}", *result["notes"], Table(columns, bench_rows(result), columns[1:])]
 
 
 def _simulator(manifest: "Manifest", name: str | None) -> "Runner":
