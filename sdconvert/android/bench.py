@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from sdconvert.android.artifact import RESULT, RESULT_VERSION
 from sdconvert.android.bench_sections import sections
 from sdconvert.android.climate import SCATTER
 from sdconvert.android.image_time import image_time
@@ -15,9 +16,9 @@ from sdconvert.android.plausibility import doubt
 from sdconvert.android.scores import accuracy_figures, sustained_figures, timing_figures
 from sdconvert.android.timing import Plan
 from sdconvert.errors import DeviceError
-from sdconvert.io.files import write_json_atomic, write_text_atomic
+from sdconvert.io.files import sha256_file, write_json_atomic, write_text_atomic
 
-RESULT, PAGE = "bench.json", "bench.md"
+PAGE = "bench.md"
 
 
 def bench(jobs: Sequence[Job], outs: Sequence[Path], plan: Plan) -> list[dict[str, Any]]:
@@ -46,8 +47,9 @@ def _result(job: Job, found: Measured, session: str) -> dict[str, Any]:
     graphs = [_graph_result(job, graph, found) for graph in job.graphs]
     valid = {graph["name"]: graph["latency"][runner.clock]["p50_ms"] for graph in graphs if not graph["invalid"]}
     result: dict[str, Any] = {
-        "schema_version": 2,
+        "schema_version": RESULT_VERSION,
         "session": session,
+        "bundle": sha256_file(job.bundle / "manifest.json"),
         "model": manifest.model,
         "qairt": manifest.qairt,
         "runner": runner.name,

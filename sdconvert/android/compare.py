@@ -14,38 +14,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sdconvert.android.measure import Job
-from sdconvert.errors import PreconditionError, UsageError
-from sdconvert.io.files import read_json, write_json_atomic, write_text_atomic
+from sdconvert.errors import UsageError
+from sdconvert.io.files import write_json_atomic, write_text_atomic
 
 _DRAWS, _SEED = 4000, 0
 _LEVEL = 95
-_FIELDS = {"session", "model", "soc", "is_device", "runner", "graphs", "test_inputs"}
 _KINDS = ("vs_fp32", "vs_simulator")
 _Times = NDArray[np.float64]
 _Shapes = tuple[dict[str, list[int]], list[str]]
 """Shapes of a graph's inputs, and names of its outputs."""
-
-
-def read_result(path: Path) -> dict[str, Any]:
-    """Read a `bench.json`, or the one in a folder.
-
-    Raises:
-        UsageError: It is none, or of another version.
-    """
-    file = path / "bench.json" if path.is_dir() else path
-    if not file.is_file():
-        raise UsageError(f"no result of a bench at `{path}`", hint="give the folder that `sdconvert bench -o` wrote")
-    try:
-        result = read_json(file)
-    except PreconditionError as error:
-        raise UsageError(error.args[0], hint="run `sdconvert bench` again") from error
-    version = result.get("schema_version") if isinstance(result, dict) else None
-    if version != 2 or not result.keys() >= _FIELDS:
-        raise UsageError(
-            f"`{file}` is no result of a bench that this sdconvert reads (schema_version {version})",
-            hint="run `sdconvert bench` again",
-        )
-    return dict(result)
 
 
 def compare(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:

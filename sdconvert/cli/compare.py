@@ -17,10 +17,10 @@ def compare(
 
     Two builds are compared best in one session, in turns: `sdconvert bench A B`.
     """
+    from sdconvert.android.artifact import read_bench
     from sdconvert.android.compare import compare as compare_results
-    from sdconvert.android.compare import read_result
 
-    comparison = compare_results(read_result(first), read_result(second))
+    comparison = compare_results(read_bench(first), read_bench(second))
     session: Session = ctx.obj
     session.show(comparison, *comparison_blocks(comparison))
 

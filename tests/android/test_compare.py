@@ -13,6 +13,7 @@ from bundle_request import BundleRequest
 from phone import THERMAL
 from test_climate import runner
 
+from sdconvert.android.artifact import read_bench
 from sdconvert.android.bench import bench
 from sdconvert.android.compare import (
     blocks,
@@ -21,7 +22,6 @@ from sdconvert.android.compare import (
     compare_page,
     compare_rows,
     ratio_of_medians,
-    read_result,
 )
 from sdconvert.android.measure import Job
 from sdconvert.android.timing import Plan
@@ -44,6 +44,7 @@ def made(times: list[float], rounds: list[int] | None = None, sqnr_db: float = 4
     result = {
         "schema_version": 2,
         "session": "one",
+        "bundle": "its manifest's checksum",
         "model": "a",
         "soc": "SM8650",
         "runner": "qnn-net-run",
@@ -128,15 +129,15 @@ def test_what_cannot_be_told_is_left_out_and_noted() -> None:
 
 def test_files_that_are_no_results_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no result of a bench at"):
-        read_result(tmp_path)
+        read_bench(tmp_path)
     for content in ("{}", "[1]", '{"schema_version": 1}', "{"):
         (tmp_path / "bench.json").write_text(content)
         with pytest.raises(
             UsageError, match="is no result of a bench that this sdconvert reads|cannot be read as JSON"
         ):
-            read_result(tmp_path)
+            read_bench(tmp_path)
     write_json_atomic(made([1.0]), tmp_path / "bench.json")
-    assert read_result(tmp_path) == read_result(tmp_path / "bench.json") == made([1.0])
+    assert read_bench(tmp_path) == read_bench(tmp_path / "bench.json") == made([1.0])
 
 
 def test_two_bundles_take_turns_on_one_phone(
