@@ -31,6 +31,11 @@ def _devices() -> list[Any]:
     return [device for device in onnxruntime.get_ep_devices() if device.ep_name == _PROVIDER]
 
 
+def has_npu() -> bool:
+    """Tell whether ONNX Runtime finds an NPU on this computer; without one the backend is the simulator, or nothing."""
+    return any(device.device.type.name == "NPU" for device in _devices())
+
+
 def compiling_session(onnx: Path, ctx_onnx: Path, soc_model: int, finalization_mode: int, graphs: Path) -> Any:
     """Compile `onnx` for a SoC; its context is written as `ctx_onnx` and, beside it, `<stem>_qnn.bin`.
 

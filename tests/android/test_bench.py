@@ -132,8 +132,10 @@ def test_the_command_runs_the_simulator(bundle: Path, tmp_path: Path, capsys: py
     assert (code, "the bundle is for SM8650, SM8550, not for SM8750" in err) == (2, True)
     code, _, err = command(capsys, *asked, "--serial", "x", "--qairt-sdk", "y")
     assert (code, "--qairt-sdk, --serial has no effect with --runner sim" in err) == (2, True)
-    code, _, err = command(capsys, str(bundle.with_suffix(".tar")), "--runner", "sim")
-    assert (code, "is no folder" in err) == (2, True)
+    code, told, _ = command(capsys, str(bundle.with_suffix(".tar")), *asked[1:])
+    assert (code, told["soc"]) == (0, "SM8650")
+    code, _, err = command(capsys, *asked, "--runner", "ort", "--op-profile")
+    assert (code, "--op-profile has no effect with --runner ort" in err) == (2, True)
 
 
 def test_the_command_tells_what_is_missing_for_a_phone(
