@@ -11,15 +11,17 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from adb_rig import Rig, adb_environment, bundled_adb
 
 from sdconvert.android.adb import Adb
-from sdconvert.android.bench import LoopMode, bench, bench_page
+from sdconvert.android.bench import bench, bench_page
 from sdconvert.android.device import ask_phone, choose_soc
+from sdconvert.android.measure import Job
 from sdconvert.android.push import local_file
 from sdconvert.android.runners import PhoneRunner, graphs_of
+from sdconvert.android.timing import LoopMode, Plan
 from sdconvert.android.verify import verify_bundle
 
 _REMOTE = "/data/local/tmp/sdconvert"
@@ -30,8 +32,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--inferences", type=int, default=1)
-    modes: tuple[LoopMode, ...] = ("closed", "teacher-forced")
-    parser.add_argument("--loops", nargs="*", choices=modes, default=modes)
+    parser.add_argument("--loops", nargs="*", choices=get_args(LoopMode), default=get_args(LoopMode))
     options = parser.parse_args()
     manifest = verify_bundle(options.bundle)
     with tempfile.TemporaryDirectory(prefix="bench-sim-") as scratch:
@@ -49,7 +50,10 @@ def main() -> None:
             }
             files["bin/qnn-net-run"] = local_file(phone.stand_in_runner(folder))
             runner = PhoneRunner(adb, asked, soc, files, None, _REMOTE, warm_up=0)
-            result = bench(options.bundle, manifest, runner, folder / "result", options.inferences, options.loops)
+            job = Job(options.bundle, manifest, runner)
+            [result] = bench(
+                [job], [folder / "result"], Plan(inferences=options.inferences, loops=tuple(options.loops))
+            )
         finally:
             rig.close()
             rig.kill_server()

@@ -34,6 +34,7 @@ from sdconvert.android.manifest import (
     SampleRecord,
     SocRecord,
     TensorRecord,
+    input_list,
 )
 from sdconvert.errors import UsageError
 from sdconvert.io.files import atomic_file, atomic_folder, sha256_file
@@ -143,8 +144,8 @@ class _Writer:
             values.tofile(self._new(f"{base}/{name}.{suffix}", role))
 
     def add_input_list(self, graph: str, inputs: Sequence[TensorSpec], ids: Sequence[str]) -> None:
-        lines = (" ".join(f"{spec.name}:=inputs/{one}/{spec.name}.raw" for spec in inputs) for one in ids)
-        self._new(f"input_list_{graph}.txt", "input_list").write_text("".join(f"{line}\n" for line in lines))
+        text = input_list([spec.name for spec in inputs], ids)
+        self._new(f"input_list_{graph}.txt", "input_list").write_text(text)
 
     def add_loop(self, loop: Loop) -> LoopRecord:
         record = write_loop(loop, self._folder)

@@ -5,6 +5,7 @@
 
 import re
 import secrets
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from math import prod
@@ -51,16 +52,26 @@ def run_script() -> dict[str, LocalFile]:
     return {_SCRIPT: local_file(Path(str(files("sdconvert.android") / _SCRIPT)))}
 
 
-def run_bundle(adb: Adb, manifest: Manifest, soc: str, remote: str, *, inferences: int, limit_s: int) -> RunStatus:
-    """Run every graph once over its samples for the answers, then again for the time.
+def run_bundle(
+    adb: Adb,
+    manifest: Manifest,
+    soc: str,
+    remote: str,
+    steps: Sequence[str],
+    *,
+    limit_s: int,
+    only: str | None = None,
+) -> RunStatus:
+    """Take graphs through steps on the phone; what an earlier run left there goes.
 
     Args:
         adb: The device, with the bundle in `remote` and a runner in its `bin/qnn-net-run`.
         manifest: The bundle's.
         soc: The SoC of the bundle whose contexts are run.
         remote: The folder that the bundle was pushed to; results are in its `out`.
-        inferences: How often each graph is run for the time.
+        steps: As `run.sh` takes them, such as `check`, `env`, `accuracy`, `latency=100`.
         limit_s: Seconds after which a runner counts as hung.
+        only: Name of the one graph to run; without it all.
 
     Raises:
         UsageError: A graph has inputs of several types.
@@ -69,14 +80,17 @@ def run_bundle(adb: Adb, manifest: Manifest, soc: str, remote: str, *, inference
         DeviceFullError: The phone ran out of space.
         DeviceError: A step failed, or its results are not whole.
     """
-    graphs = [graph_argument(graph) for graph in manifest.graphs if graph.soc == soc]
+    graphs = [graph for graph in manifest.graphs if graph.soc == soc and only in (None, graph.name)]
+    arguments = [graph_argument(graph) for graph in graphs]
     run = secrets.token_hex(8)
     # In place of the shell that adb starts, which is the one that hears of a lost connection.
-    command = "exec " + quoted("sh", f"{remote}/bundle/{_SCRIPT}", run, soc, str(limit_s), str(inferences), *graphs)
-    timeout_s = 2 * _SHORT_S + limit_s * (1 + 2 * len(graphs))
+    command = "exec " + quoted("sh", f"{remote}/bundle/{_SCRIPT}", run, soc, str(limit_s), " ".join(steps), *arguments)
+    timeout_s = 2 * _SHORT_S + limit_s * (1 + len(steps) * len(graphs))
     answer = adb.shell(command, timeout_s=timeout_s, doing="the graphs were run")
     status = read_status(adb, f"{remote}/out", run, answer)
-    _check_whole(manifest, soc, status)
+    for graph in graphs:
+        for step in steps:
+            _check_whole(manifest, graph, step.partition("=")[0], status)
     return status
 
 
@@ -146,21 +160,22 @@ def _step(line: str) -> Step:
     return Step(name, dict(re.findall(r"(\w+)=(\S+)", " ".join(figures))))
 
 
-def _check_whole(manifest: Manifest, soc: str, status: RunStatus) -> None:
-    for graph in manifest.graphs:
-        if graph.soc != soc:
-            continue
-        samples = sum(sample.graph == graph.name for sample in manifest.samples)
-        nbytes = sum(4 * prod(output.shape) for output in graph.outputs)
-        wanted = {"results": samples, "files": samples * len(graph.outputs), "bytes": samples * nbytes}
-        found = status.step("accuracy", graph.name)
-        if {key: int(found.get(key, 0)) for key in wanted} != wanted:
-            raise DeviceError(
-                f"the runner answered {found} for graph `{graph.name}`; {wanted} were to come",
-                hint="is it a qnn-net-run of the QAIRT build that the bundle names, without native output files?",
-            )
-        if not status.step("latency", graph.name):
-            raise DeviceError(f"graph `{graph.name}` has no latency run", hint=_AGAIN)
+def _check_whole(manifest: Manifest, graph: GraphRecord, step: str, status: RunStatus) -> None:
+    if step in ("check", "env"):
+        return
+    found = status.step(step, graph.name)
+    if not found:
+        raise DeviceError(f"graph `{graph.name}` has no {step} run", hint=_AGAIN)
+    if step != "accuracy":
+        return
+    samples = sum(sample.graph == graph.name for sample in manifest.samples)
+    nbytes = sum(4 * prod(output.shape) for output in graph.outputs)
+    wanted = {"results": samples, "files": samples * len(graph.outputs), "bytes": samples * nbytes}
+    if {key: int(found.get(key, 0)) for key in wanted} != wanted:
+        raise DeviceError(
+            f"the runner answered {found} for graph `{graph.name}`; {wanted} were to come",
+            hint="is it a qnn-net-run of the QAIRT build that the bundle names, without native output files?",
+        )
 
 
 def _failure(adb: Adb, out: str, last: str, said: str, code: int) -> DeviceError:

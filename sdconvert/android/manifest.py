@@ -1,5 +1,6 @@
 """`manifest.json` of a bundle: what is in it, for which SoCs, and what the graphs must answer."""
 
+from collections.abc import Iterable
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, StringConstraints, model_validator
@@ -112,3 +113,8 @@ class Manifest(_Record):
         if loose:
             raise ValueError(f"refers to what it does not list: {', '.join(loose)}")
         return self
+
+
+def input_list(inputs: Iterable[str], ids: Iterable[str]) -> str:
+    """Return what `input_list_<graph>.txt` says: one line per sample, in qnn-net-run's format."""
+    return "".join(" ".join(f"{name}:=inputs/{one}/{name}.raw" for name in inputs) + "\n" for one in ids)

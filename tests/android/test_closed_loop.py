@@ -19,7 +19,9 @@ from sdconvert.android.executors import Answered
 from sdconvert.android.loop_files import Loop, LoopStep, write_loop
 from sdconvert.android.loop_scores import closed_loop, loop_page, teacher_forced
 from sdconvert.android.manifest import GraphRecord, Manifest
+from sdconvert.android.measure import Job
 from sdconvert.android.runners import SimulatorRunner
+from sdconvert.android.timing import Plan
 from sdconvert.assets import asset_path
 from sdconvert.cli.app import main
 from sdconvert.errors import DeviceError, UsageError
@@ -189,7 +191,7 @@ def test_a_bundle_that_cannot_sample_says_so(
         draw_pictures(folder, part, Fp32(adapters))
     plain = Manifest.model_validate_json((bundle / "manifest.json").read_bytes())
     with pytest.raises(UsageError, match="bundle of `gate-test` holds nothing to sample with") as caught:
-        bench(bundle, plain, SimulatorRunner("SM8650", Simulator), tmp_path, 1, ["closed"])
+        bench([Job(bundle, plain, SimulatorRunner("SM8650", Simulator))], [tmp_path], Plan(loops=("closed",)))
     assert "package it again" in caught.value.hint
     with pytest.raises(SystemExit) as left:
         main(["--json", "bench", str(bundle), "--runner", "sim", "--loop", "both", "-o", str(tmp_path / "out")])

@@ -15,8 +15,8 @@ from sdconvert.android.adb import Adb
 from sdconvert.android.device_loop import PhoneExecutor
 from sdconvert.android.device_run import run_script
 from sdconvert.android.manifest import Manifest
+from sdconvert.android.profile import EXECUTE, Profile
 from sdconvert.android.push import device_files, local_file, push
-from sdconvert.android.scores import read_profile
 from sdconvert.errors import DeviceError, DeviceLostError, DeviceTimeoutError, UsageError
 from sdconvert.qnn.simulator import Simulator
 
@@ -94,7 +94,7 @@ def call(seed: int, **others: Tensor) -> dict[str, Tensor]:
 
 def test_a_chain_on_the_phone_is_the_chain_in_the_simulator(loop: Loop, asked: BundleRequest, tmp_path: Path) -> None:
     loop.phone.stand_in_runner(tmp_path)
-    loop.times = lambda log: read_profile(log, "QNN (execute) time")
+    loop.times = lambda log: Profile(log).times_ms(EXECUTE)
     executor = loop.push()
     simulator = Simulator(asked.contexts[0].ctx_onnx)
     calls = [call(0), call(1)]
