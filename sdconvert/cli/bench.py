@@ -64,7 +64,12 @@ def bench(
     from sdconvert.android.verify import opened_bundle
     from sdconvert.errors import UsageError
 
-    for_phones = {"--qairt-sdk": qairt_sdk, "--serial": serial, "--adb": adb, "--remote-dir": remote_dir}
+    for_phones: dict[str, object] = {
+        "--qairt-sdk": qairt_sdk,
+        "--serial": serial,
+        "--adb": adb,
+        "--remote-dir": remote_dir,
+    }
     for_phones |= {"--op-profile": op_profile or None, "--sustained": sustained}
     _refuse_idle(runner, for_phones, {"--soc": soc}, {"--cool-down": cool_down})
     if len(bundles) > 2:
