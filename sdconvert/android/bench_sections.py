@@ -6,7 +6,7 @@ from typing import Any
 
 def sections(result: dict[str, Any]) -> Iterator[str]:
     """Yield the lines of Markdown."""
-    if image := result["image"]:
+    if result["is_device"] and (image := result["image"]):
         yield ""
         yield f"One picture: {image['seconds']:.2f} s = {image['formula']}, of the medians; one tile, no guidance."
     if result["climate"]["status"] is not None or result["climate"]["celsius"]:

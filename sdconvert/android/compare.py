@@ -17,7 +17,7 @@ from sdconvert.android.measure import Job
 from sdconvert.errors import UsageError
 from sdconvert.io.files import write_json_atomic, write_text_atomic
 
-_DRAWS, _SEED = 4000, 0
+_DRAWS, _SEED = 2000, 0
 _LEVEL = 95
 _KINDS = ("vs_fp32", "vs_simulator")
 _Times = NDArray[np.float64]

@@ -80,7 +80,7 @@ def bench(
     from sdconvert.android.verify import opened_bundle
     from sdconvert.errors import UsageError
 
-    for_phones: dict[str, Any] = {
+    for_phones: dict[str, object] = {
         "--qairt-sdk": qairt_sdk,
         "--serial": serial,
         "--adb": adb,

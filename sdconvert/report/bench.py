@@ -8,7 +8,7 @@ from sdconvert.errors import UsageError
 from sdconvert.io.files import sha256_file
 
 _OF_NO_INTEREST = {"schema_version", "session", "bundle", "test_inputs"}
-_TIMES = {"latency", "invalid", "first_run_ms", "context_load_ms", "counters", "peak_kb", "climate"}
+_OF_A_DEVICE = {"latency", "invalid", "counters", "peak_kb", "climate", "cooled_s"}
 _KINDS = ("vs_fp32", "vs_simulator")
 
 
@@ -27,13 +27,18 @@ def bench_figures(path: Path, android: AndroidArtifact) -> dict[str, Any]:
         raise UsageError(
             f"`{path}` is the result of another bundle than `{android.bundle}`", hint="run `sdconvert bench` with it"
         )
-    hidden = set() if result["is_device"] else _TIMES
-    told = {key: value for key, value in result.items() if key not in _OF_NO_INTEREST | hidden}
-    told["graphs"] = [
-        {key: value for key, value in graph.items() if key not in hidden} | {"worst": _worst(graph["outputs"])}
-        for graph in result["graphs"]
-    ]
+    told = {key: value for key, value in result.items() if key not in _OF_NO_INTEREST}
+    if not result["is_device"]:
+        told = _without_times(told)
+    told["graphs"] = [graph | {"worst": _worst(graph["outputs"])} for graph in told["graphs"]]
     return told
+
+
+def _without_times(value: Any) -> Any:
+    if isinstance(value, dict):
+        kept = {key for key in value if key not in _OF_A_DEVICE and not key.endswith("_ms")}
+        return {key: _without_times(item) for key, item in value.items() if key in kept}
+    return [_without_times(item) for item in value] if isinstance(value, list) else value
 
 
 def _worst(outputs: dict[str, Any]) -> dict[str, float | None]:

@@ -70,11 +70,15 @@ def test_every_figure_of_a_device_stands_in_the_page(finished: RunFolder, simula
     assert html.count(">time (ms)</text>") == len(GRAPHS)
 
 
-def test_of_the_simulator_no_time_is_told(finished: RunFolder, simulated: Path) -> None:
-    report = make_report(finished, recipe(simulated))
+def test_of_the_simulator_no_time_is_told(finished: RunFolder, simulated: Path, tmp_path: Path) -> None:
+    pictures = {"chelsea": {"vs_fp32": {"psnr_db": 41.5}}}
+    loop = {"closed_loop": {"pictures": pictures, "image_ms": {"chelsea": 1234.5}, "steps": [{"p50_ms": 7.5}]}}
+    write_json_atomic(read_json(simulated / "bench.json") | loop, tmp_path / "bench.json")
+    report = make_report(finished, recipe(tmp_path))
     told = report.artifact.figures()["bench"]
     assert [graph.keys() & {"latency", "first_run_ms", "context_load_ms"} for graph in told["graphs"]] == [set(), set()]
     assert [graph["worst"].keys() for graph in told["graphs"]] == [{"vs_fp32", "vs_simulator"}] * 2
+    assert told["closed_loop"] == {"pictures": pictures, "steps": [{}]}
     text = report.page.text
     assert ("The bundle in the simulator" in text, "No latency is stated" in text) == (True, True)
 
