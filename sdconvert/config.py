@@ -293,6 +293,8 @@ class ReportSection(_Section):
     sensitivity: str | None = None
     """A file of `sdconvert quantize sensitivity`: the report then shows size against quality. `quantize recipe` writes
     it here."""
+    bench: str | None = None
+    """A result of `sdconvert bench` of this recipe's bundle: the report then shows the graphs on the device."""
 
 
 class Recipe(_Section):

@@ -14,6 +14,7 @@ from typer.main import get_command
 from sdconvert import __version__
 from sdconvert.cli import adapters, config, encodings, pipeline, plugins, quantize
 from sdconvert.cli.bench import bench
+from sdconvert.cli.compare import compare
 from sdconvert.cli.convert import STAGE_COMMANDS, convert, stage_command
 from sdconvert.cli.doctor import doctor
 from sdconvert.cli.inspect import inspect
@@ -40,6 +41,7 @@ for _name, (_to, _summary) in STAGE_COMMANDS.items():
     else:
         app.command(_name, help=_summary)(stage_command(_to))
 app.command()(bench)
+app.command()(compare)
 app.command()(mha2sha)
 app.command()(inspect)
 app.add_typer(adapters.app, name="adapters")

@@ -14,7 +14,7 @@ from sdconvert.qnn.context import Context, compile_context
 from sdconvert.qnn.fidelity import measure_blocks
 from sdconvert.qnn.gates import BLOCK_MEASURE, MEASURES, gate_of, missed_gates, worst_block, worst_ratio
 from sdconvert.qnn.io_check import require_io
-from sdconvert.qnn.simulate import Road, simulate_answers, simulate_picture, simulate_response
+from sdconvert.qnn.simulate import Road, simulate_answers, simulate_picture, simulate_response, simulate_steps
 from sdconvert.soc import find_soc
 from sdconvert.stages import StageContext
 
@@ -61,7 +61,8 @@ def _simulate(context: StageContext, contexts: list[Context]) -> dict[str, Any]:
     by_soc: defaultdict[str, dict[str, Any]] = defaultdict(dict)
     for one in contexts:
         by_soc[one.soc.name][one.graph] = one.ctx_onnx
-    (context.out / "pictures").mkdir()
+    for folder in ("pictures", "steps"):
+        (context.out / folder).mkdir()
     tasks = _tasks(context, {soc: Road(context.recipe, context.run, paths) for soc, paths in by_soc.items()})
     keys, found = list(tasks), dict[tuple[str, ...], Any]()
     context.report.step(0, len(tasks), "simulate graphs, blocks and pictures")
@@ -89,8 +90,9 @@ def _tasks(context: StageContext, roads: dict[str, Road]) -> dict[tuple[str, ...
         )
     for name in data.pictures():
         if name.endswith(TILE):
-            target = context.out / "pictures" / f"{name}.safetensors"
-            tasks["pictures", name] = (simulate_picture, (first, name, target))
+            tasks["pictures", name] = (simulate_picture, (first, name, context.out / f"pictures/{name}.safetensors"))
+    for name in [name for kind, name, *_ in tasks if kind == "pictures"]:
+        tasks["steps", name] = (simulate_steps, (first, name, context.out / f"steps/{name}.safetensors"))
     for call in range(len(data.held_out("controlnet"))):
         tasks["responses", str(call)] = (simulate_response, (first, call))
     for soc, road in roads.items():
@@ -111,7 +113,8 @@ def _arrange(keys: list[tuple[str, ...]], found: dict[tuple[str, ...], Any]) -> 
     """Results by kind, in the order in which they were asked for."""
     graphs: defaultdict[str, dict[str, Any]] = defaultdict(dict)
     fidelity: defaultdict[str, dict[str, Any]] = defaultdict(dict)
-    pictures, responses = dict[str, Any](), defaultdict[str, list[dict[str, float]]](list)
+    pictures, steps = dict[str, Any](), dict[str, Any]()
+    responses = defaultdict[str, list[dict[str, float]]](list)
     for key in keys:
         match key:
             case ("graphs", graph, soc):
@@ -120,6 +123,8 @@ def _arrange(keys: list[tuple[str, ...]], found: dict[tuple[str, ...], Any]) -> 
                 fidelity[graph][soc] = found[key]
             case ("pictures", name):
                 pictures[name] = found[key]
+            case ("steps", name):
+                steps[name] = found[key]
             case _:
                 for kind, calls in found[key].items():
                     responses[kind] += calls
@@ -127,6 +132,7 @@ def _arrange(keys: list[tuple[str, ...]], found: dict[tuple[str, ...], Any]) -> 
         "graphs": dict(graphs),
         "fidelity": dict(fidelity),
         "pictures": pictures,
+        "steps": steps,
         "responses": dict(responses),
     }
 

@@ -15,10 +15,10 @@ from sdconvert.checkpoint.artifact import CheckpointArtifact
 from sdconvert.config import Recipe
 from sdconvert.export.artifact import ExportArtifact
 from sdconvert.io.tensors import flatten, save_tensors
-from sdconvert.metrics import psnr_db, worst_sqnr_db
-from sdconvert.pipelines.backend import graph_adapters, swap_backends
+from sdconvert.metrics import psnr_db, sqnr_db, worst_sqnr_db
+from sdconvert.pipelines.backend import GraphRunner, graph_adapters, swap_backends
 from sdconvert.pipelines.prompt_units import tokenize
-from sdconvert.pipelines.response import compare_responses, noise_differences
+from sdconvert.pipelines.response import compare_responses, noise_differences, predicted_noise
 from sdconvert.pipelines.sampling import sampling_arguments
 from sdconvert.qnn.chain import Chain, Runner
 from sdconvert.qnn.io_check import require_answers_differ
@@ -79,6 +79,23 @@ def simulate_picture(road: Road, name: str, target: Path) -> dict[str, float]:
     picture = pipe(pictures["low_resolution"], **sampling_arguments(road.recipe))
     save_tensors({"simulator": picture}, target)
     return {"simulator_vs_fp32_psnr_db": psnr_db(pictures["fp32"], picture, data_range=1.0)}
+
+
+def simulate_steps(road: Road, name: str, target: Path) -> dict[str, list[float]]:
+    """Predict the noise of every step that fp32 took with a held-out tile, and keep it beside what fp32 predicts.
+
+    Each step begins where the step of fp32 began, and with its text: the error is that of one ControlNet and one UNet.
+    """
+    fp32, simulators = road.pipeline(), road.simulators("controlnet", "unet")
+    adapters = graph_adapters(fp32, road.recipe.pipeline.conditioning_scale)
+    runners: dict[str, Mapping[str, GraphRunner]] = {
+        "fp32": {graph: adapters[graph].run for graph in simulators},
+        "simulator": simulators,
+    }
+    calls = [inputs for info, inputs in road.data().evaluation("controlnet").samples() if info.picture == name]
+    steps = [{kind: predicted_noise(those, call) for kind, those in runners.items()} for call in calls]
+    save_tensors(flatten(steps), target)
+    return {"simulator_vs_fp32_db": [sqnr_db(step["fp32"], step["simulator"]) for step in steps]}
 
 
 def simulate_response(road: Road, call: int) -> dict[str, list[dict[str, float]]]:

@@ -18,6 +18,7 @@ from sdconvert.io.files import read_json
 from sdconvert.mha2sha.artifact import Mha2ShaArtifact
 from sdconvert.qnn.artifact import QnnArtifact
 from sdconvert.quantize.artifact import QuantizeArtifact, size_against_quality
+from sdconvert.report.bench import bench_figures
 from sdconvert.report.pictures import measure_pictures
 from sdconvert.soc import find_soc
 
@@ -42,11 +43,13 @@ def collect_figures(
 
     Raises:
         PreconditionError: A stage has not finished.
+        UsageError: The recipe names a bench that is none of this run.
     """
     manifests = {stage: _manifest(run, stage) for stage in stages}
     qnn = QnnArtifact(run.stage_folder("60-qnn"))
     graphs = ExportArtifact(run.stage_folder("50-export")).graphs()
     quantized = QuantizeArtifact(run.stage_folder("30-quantize"))
+    android = AndroidArtifact(run.stage_folder("70-android"))
     accuracy = {graph: _accuracy(graph, manifests, qnn) for graph in graphs}
     measured = {name: measure_pictures(every) for name, every in pictures.items()}
     socs = list(dict.fromkeys(soc for _, soc in qnn.contexts))
@@ -70,7 +73,8 @@ def collect_figures(
         "head_ranges": _head_ranges(Mha2ShaArtifact(run.stage_folder("40-mha2sha"))),
         "contexts": _contexts(qnn),
         "sizes": {graph: _sizes(graph, manifests) for graph in graphs},
-        "bundle": _bundle(AndroidArtifact(run.stage_folder("70-android"))),
+        "bundle": _bundle(android),
+        "bench": bench_figures(Path(recipe.report.bench), android) if recipe.report.bench else {},
         "nodes": read_json(run.stage_folder("50-export") / "nodes.json"),
         "stages": {stage: _effort(manifest) for stage, manifest in manifests.items()},
         "photographs": _photographs(manifests["20-calibration"].settings["calibration"], licences),
