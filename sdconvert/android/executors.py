@@ -87,7 +87,6 @@ class ChainExecutor:
             own = [{one.name: known[one.name] for one in record.inputs} for known in tensors]
             inside = not any(one.name in chain.outputs for one in record.outputs)
             answered = self._executor.execute(part, own, keep=keep or inside)
-            for known, outputs in zip(tensors, answered.outputs, strict=True):
-                known |= outputs
+            tensors = [known | outputs for known, outputs in zip(tensors, answered.outputs, strict=True)]
             times = [spent + more for spent, more in zip(times, answered.times_ms, strict=True)]
         return Answered([{name: known[name] for name in chain.outputs} for known in tensors], times)
