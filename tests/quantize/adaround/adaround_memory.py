@@ -1,4 +1,4 @@
-"""AdaRound in processes of their own: python adaround_memory.py RUNS SHAPES FOLDER, with RUNS as [[budget, samples], …].
+"""AdaRound in processes of their own: python adaround_memory.py RUNS SHAPES FOLDER, RUNS as [[budget, samples], …].
 
 Everything is loaded and traced, and calibration data lie on the disk, before a process is forked for each run; with 0
 samples AdaRound never begins. Each prints a line: the most memory that it took, and what came out.

@@ -14,7 +14,7 @@ SLACK = 14 * MIB  # what glibc keeps of what was freed: 5 to 12 MiB were seen
 
 
 def measure(runs: list[tuple[int, int]], folder: Path, root: Path, shapes: str = "small") -> list[dict[str, Any]]:
-    """What AdaRound took, for each budget and number of samples; without any, what its process takes without AdaRound."""
+    """What AdaRound took, for each budget and number of samples; without samples, what its process takes anyway."""
     program = root / "tests" / "quantize" / "adaround" / "adaround_memory.py"
     paths = os.pathsep.join([str(root), str(root / "tests"), str(program.parent)])
     command = [sys.executable, str(program), json.dumps(runs), shapes, str(folder)]
