@@ -8,7 +8,6 @@ from sdconvert.config import GatesSection
 from sdconvert.soc import find_soc
 
 MEASURES = ("simulator_vs_fp32_db", "simulator_vs_quantized_db")
-BLOCK_MEASURE = "block_simulator_vs_quantized_db"
 
 
 def missed_gates(gates: GatesSection, found: Mapping[str, Any]) -> list[str]:
@@ -37,9 +36,7 @@ def missed_gates(gates: GatesSection, found: Mapping[str, Any]) -> list[str]:
     for kind, calls in found["responses"].items():
         ratio = worst_ratio(calls)
         if deviation(ratio) > gates.response_tolerance:
-            missed.append(
-                f"the answer to the {kind} is {ratio:.3f} times fp32's, gate 1 ± {gates.response_tolerance:g}"
-            )
+            missed.append(f"the answer to the {kind} is {ratio:.3f} times fp32's, gate 1 ± {gates.response_tolerance:g}")
     return missed
 
 
