@@ -1,13 +1,14 @@
 """Which figures of the simulator miss the recipe's gates, each SoC judged by the gates of its generation."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from sdconvert.config import GatesSection
 from sdconvert.soc import find_soc
 
 MEASURES = ("simulator_vs_fp32_db", "simulator_vs_quantized_db")
+BLOCK_MEASURE = "block_simulator_vs_quantized_db"
 
 
 def missed_gates(gates: GatesSection, found: Mapping[str, Any]) -> list[str]:
@@ -17,27 +18,37 @@ def missed_gates(gates: GatesSection, found: Mapping[str, Any]) -> list[str]:
         gates: Of the recipe.
         found: The figures of a `QnnArtifact`.
     """
-
-    def gate_of(measure: str, soc: str) -> float:
-        level: float = getattr(gates, gates.key_of(measure, find_soc(soc).arch))
-        return level
-
     missed = []
-    for measure in MEASURES:
-        for graph, by_soc in found["graphs"].items():
-            for soc, scores in by_soc.items():
-                if not scores[measure] >= (gate := gate_of(measure, soc)):
-                    missed.append(f"{graph} on {soc}: {measure} {scores[measure]:.1f} dB, gate {gate:.1f}")
-    for graph, by_soc in found["fidelity"].items():
-        for soc, rows in by_soc.items():
-            block, level = worst_block(rows)
-            if not level >= (gate := gate_of("block_simulator_vs_quantized_db", soc)):
-                missed.append(f"{graph} on {soc}: block {block} {level:.1f} dB, gate {gate:.1f}")
+    for what, measure, soc, level in _levels(found):
+        gate = gate_of(gates, measure, soc)
+        if not level >= gate:
+            missed.append(f"{what} {level:.1f} dB, gate {gate:.1f}")
     for kind, calls in found["responses"].items():
         ratio = worst_ratio(calls)
         if deviation(ratio) > gates.response_tolerance:
-            missed.append(f"the answer to the {kind} is {ratio:.3f} times fp32's, gate 1 ± {gates.response_tolerance:g}")
+            missed.append(
+                f"the answer to the {kind} is {ratio:.3f} times fp32's, gate 1 ± {gates.response_tolerance:g}"
+            )
     return missed
+
+
+def gate_of(gates: GatesSection, measure: str, soc: str) -> float:
+    """Return the gate in dB of a measure on a SoC."""
+    return float(getattr(gates, gates.key_of(measure, find_soc(soc).arch)))
+
+
+def _levels(found: Mapping[str, Any]) -> Iterator[tuple[str, str, str, float]]:
+    """What is judged, as which measure, on which SoC, and its dB."""
+    for measure in MEASURES:
+        for graph, by_soc in found["graphs"].items():
+            for soc, scores in by_soc.items():
+                yield f"{graph} on {soc}: {measure}", measure, soc, scores[measure]
+    for graph, by_soc in found["fidelity"].items():
+        for soc, rows in by_soc.items():
+            block, level = worst_block(rows)
+            ops = [op["tensor"] for row in rows for op in row.get("worst_ops", ())]
+            where = f" (most of it lost in {', '.join(ops)})" if ops else ""
+            yield f"{graph} on {soc}: block {block}{where}", BLOCK_MEASURE, soc, level
 
 
 def worst_block(rows: list[dict[str, Any]]) -> tuple[str, float]:

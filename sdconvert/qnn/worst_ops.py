@@ -10,8 +10,7 @@ from onnx import ModelProto, NodeProto
 from onnx.utils import Extractor
 
 from sdconvert.adapters import Tensors
-from sdconvert.export.artifact import OnnxRunner
-from sdconvert.export.blocks import _key as key_of
+from sdconvert.export.artifact import OnnxRunner, key_of
 from sdconvert.metrics import sqnr_db
 from sdconvert.qnn.context import FinalizationMode, compile_context
 from sdconvert.qnn.simulator import Simulator

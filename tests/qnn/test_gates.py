@@ -18,8 +18,10 @@ def figures(vs_fp32: float = 36, vs_quantized: float = 46, block: float = 51, ra
     scores = {"simulator_vs_fp32_db": vs_fp32, "simulator_vs_quantized_db": vs_quantized}
     rows = [{"block": "conv_in", "simulator_vs_quantized_db": 90.0}]
     return {
-        "graphs": {"unet": {soc: scores for soc in socs}},
-        "fidelity": {"unet": {soc: [*rows, {"block": "mid_block", "simulator_vs_quantized_db": block}] for soc in socs}},
+        "graphs": {"unet": dict.fromkeys(socs, scores)},
+        "fidelity": {
+            "unet": {soc: [*rows, {"block": "mid_block", "simulator_vs_quantized_db": block}] for soc in socs}
+        },
         "responses": {"text": [{"ratio": 1.0}, {"ratio": ratio}]},
     }
 
