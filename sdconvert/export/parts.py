@@ -99,7 +99,9 @@ def _extract(extractor: Extractor, cut: _Cut) -> ModelProto:
     return part
 
 
-def part_answers(part: Part, inputs: Tensors, boundaries: Mapping[str, BoundaryTensor]) -> tuple[Tensors, ...]:
+def part_answers(
+    part: Part, inputs: Tensors, boundaries: Mapping[str, BoundaryTensor]
+) -> tuple[Tensors, Tensors, Tensors]:
     """What a part gets, and what it is to answer, for one set of the whole graph's inputs.
 
     Args:

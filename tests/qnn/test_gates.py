@@ -64,3 +64,15 @@ def test_generations_before_v73_are_v68_and_v69() -> None:
     older = {soc.arch for soc in soc_table().values() if GATES.key_of(measure, soc.arch) != measure}
     assert older >= {68, 69}
     assert max(older) < 73
+
+
+def test_ops_that_were_found_are_named_with_their_block() -> None:
+    found = figures(block=30.0)
+    found["fidelity"]["unet"]["SM8650"][1]["worst_ops"] = [
+        {"tensor": "mid_block:matmul.1"},
+        {"tensor": "mid_block:add.0"},
+    ]
+    *_, text = missed_gates(GATES, found)
+    assert text.startswith(
+        "unet on SM8650: block mid_block (most of it lost in mid_block:matmul.1, mid_block:add.0) 30.0 dB"
+    )
