@@ -158,8 +158,8 @@ def _manifest(path: Path, files: dict[str, memoryview]) -> Manifest:
     except ValidationError as error:
         first = error.errors()[0]
         if first["loc"][:1] == ("files",) and first["loc"][-1] == "[key]":
-            name = str(first["input"])
-            raise UsageError(f"manifest.json of `{path}` names `{name}`, outside of the bundle", hint=_AGAIN) from error
+            told = f"manifest.json of `{path}` names {first['input']!r}, which could lead out of the bundle"
+            raise UsageError(told, hint=_AGAIN) from error
         where = ".".join(str(part) for part in first["loc"]) or "the whole file"
         raise UsageError(f"manifest.json of `{path}` is damaged: {where}: {first['msg']}", hint=_AGAIN) from error
 
