@@ -49,7 +49,7 @@ def main() -> None:
                 graph.epcontext: local_file(options.bundle / graph.epcontext) for graph in graphs_of(manifest, soc)
             }
             files["bin/qnn-net-run"] = local_file(phone.stand_in_runner(folder))
-            runner = PhoneRunner(adb, asked, soc, files, None, _REMOTE, warm_up=0)
+            runner = PhoneRunner(adb, asked, soc, files, None, _REMOTE, limit_s=3600, warm_up=0)
             job = Job(options.bundle, manifest, runner)
             [result] = bench(
                 [job], [folder / "result"], Plan(inferences=options.inferences, loops=tuple(options.loops))

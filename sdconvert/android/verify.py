@@ -72,6 +72,7 @@ def describe_bundle(path: Path) -> dict[str, Any]:
             for graph in manifest.graphs
         ],
         "samples": [sample.id for sample in manifest.samples],
+        "pictures": list(manifest.loop.pictures) if manifest.loop else [],
         "metrics": manifest.metrics,
         "files": len(manifest.files) + len(_UNLISTED),
         "bytes": sum(file.bytes for file in manifest.files.values()),

@@ -198,3 +198,13 @@ def test_a_bundle_that_cannot_sample_says_so(
     assert left.value.code == 2
     assert "holds nothing to sample with" in json.loads(capsys.readouterr().out)["error"]["message"]
     assert not (tmp_path / "out").exists()
+
+
+def test_a_manifest_whose_loop_refers_to_what_is_not_there_is_refused(
+    drawn: tuple[Path, Manifest], bundle: Path
+) -> None:
+    plain = json.loads((bundle / "manifest.json").read_text())
+    assert drawn[1].loop
+    record = drawn[1].loop.model_dump() | {"simulated_soc": "SM8750"}
+    with pytest.raises(ValueError, match=r"file loop/pictures/chelsea-tile\.safetensors.*soc SM8750"):
+        Manifest.model_validate(plain | {"loop": record})

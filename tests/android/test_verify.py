@@ -254,4 +254,5 @@ def test_the_description_is_plain_data(bundle: Path) -> None:
     assert [(graph["name"], graph["soc"]) for graph in told["graphs"]] == [("gate", "SM8650"), ("gate", "SM8550")]
     assert told["graphs"][0]["inputs"] == {"latent": [1, 3, 8, 8], "residual": [1, 3, 8, 8]}
     assert told["samples"] == ["gate-chelsea", "gate-china"]
+    assert told["pictures"] == []
     assert told["files"] == 17
