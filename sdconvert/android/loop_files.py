@@ -49,7 +49,7 @@ class Loop:
     pictures: Mapping[str, Mapping[str, Tensor]]
     """By name: `low_resolution`, `fp32` and `simulator`, each (3, H, W) in [0, 1]."""
     steps: Mapping[str, Sequence[LoopStep]]
-    """By the same names."""
+    """By the same names; of some of them."""
 
 
 def write_loop(loop: Loop, folder: Path) -> LoopRecord:
@@ -59,15 +59,21 @@ def write_loop(loop: Loop, folder: Path) -> LoopRecord:
         (folder / LOOP / kind).mkdir()
     for name, pictures in loop.pictures.items():
         save_tensors(pictures, folder / LOOP / f"pictures/{name}.safetensors")
+    for name, steps in loop.steps.items():
         calls = [
             {**step.inputs, "step": torch.tensor(step.step), "fp32": step.fp32, "simulator": step.simulator}
-            for step in loop.steps[name]
+            for step in steps
         ]
         # A run's text and control image are the same in all of its steps.
         first = calls[0]
         others = [{key: one for key, one in call.items() if not torch.equal(one, first[key])} for call in calls[1:]]
         save_tensors(flatten([first, *others]), folder / LOOP / f"steps/{name}.safetensors")
-    return LoopRecord(arguments=dict(loop.arguments), simulated_soc=loop.simulated_soc, pictures=tuple(loop.pictures))
+    return LoopRecord(
+        arguments=dict(loop.arguments),
+        simulated_soc=loop.simulated_soc,
+        pictures=tuple(loop.pictures),
+        steps=tuple(loop.steps),
+    )
 
 
 def loop_of(manifest: Manifest) -> LoopRecord:
@@ -90,8 +96,8 @@ def read_pictures(bundle: Path, record: LoopRecord) -> dict[str, dict[str, Tenso
 
 
 def read_steps(bundle: Path, record: LoopRecord) -> Iterator[tuple[str, LoopStep]]:
-    """Return every call of every picture's run, with the picture's name."""
-    for name in record.pictures:
+    """Return every call of the runs whose single steps are there, with the picture's name."""
+    for name in record.steps:
         first, *others = unflatten(load_tensors(bundle / LOOP / f"steps/{name}.safetensors"))
         for call in ({**first, **other} for other in ({}, *others)):
             inputs = {key: tensor for key, tensor in call.items() if key not in _TOLD}

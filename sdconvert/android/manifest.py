@@ -78,10 +78,13 @@ class LoopRecord(_Record):
     simulated_soc: Name
     """The SoC whose contexts drew the simulator's pictures."""
     pictures: tuple[SampleId, ...]
+    steps: tuple[SampleId, ...]
+    """Those of the pictures whose single steps are there too."""
 
     def paths(self) -> list[str]:
         """Return the files of all pictures."""
-        return [f"{LOOP}/{kind}/{name}.safetensors" for kind in ("pictures", "steps") for name in self.pictures]
+        kinds = {"pictures": self.pictures, "steps": self.steps}
+        return [f"{LOOP}/{kind}/{name}.safetensors" for kind, names in kinds.items() for name in names]
 
 
 class FileRecord(_Record):

@@ -88,9 +88,9 @@ def _loop(
         steps={
             name: [
                 LoopStep(step, inputs, told["fp32"], told["simulator"])
-                for (step, inputs), told in zip(calls, compiled.steps(name), strict=True)
+                for (step, inputs), told in zip(given[name], steps, strict=True)
             ]
-            for name, calls in given.items()
+            for name, steps in compiled.steps().items()
         },
     )
 

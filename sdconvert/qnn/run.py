@@ -91,7 +91,8 @@ def _tasks(context: StageContext, roads: dict[str, Road]) -> dict[tuple[str, ...
     for name in data.pictures():
         if name.endswith(TILE):
             tasks["pictures", name] = (simulate_picture, (first, name, context.out / f"pictures/{name}.safetensors"))
-    for name in [name for kind, name, *_ in tasks if kind == "pictures"]:
+    # One picture's steps say what each step loses; they take as long as two pictures.
+    for name in [name for kind, name, *_ in tasks if kind == "pictures"][:1]:
         tasks["steps", name] = (simulate_steps, (first, name, context.out / f"steps/{name}.safetensors"))
     for call in range(len(data.held_out("controlnet"))):
         tasks["responses", str(call)] = (simulate_response, (first, call))
