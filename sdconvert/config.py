@@ -8,7 +8,7 @@ import difflib
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, Self, get_args
+from typing import Annotated, Any, Literal, Self, get_args
 
 import yaml
 from pydantic import (
@@ -236,6 +236,9 @@ class ExportSection(_Section):
     targets: tuple[Literal["qdq_onnx", "qnn_context", "onnx_encodings", "dlc"], ...] = ("qdq_onnx", "qnn_context")
     """The road's own two, and for users of the QAIRT SDK `onnx_encodings` (a graph without Q/DQ nodes and its encodings
     file, in `50-export`) and `dlc` (beside each context)."""
+    split: dict[GraphName, Annotated[tuple[str, ...], Field(min_length=1)]] = {}
+    """Graphs that are too large for one context, and the blocks before which they are cut; each part gets a context of
+    its own, and they run one after another. A block that does not exist is answered with those that do."""
     keys_as_rows: bool = True
     """Leave the transposition of attention's keys to the product with the queries: one Transpose less per head."""
 
@@ -264,15 +267,24 @@ class GatesSection(_Section):
     simulator_vs_fp32_db: float = 35.0
     """SQNR in dB of each graph's outputs in the HTP simulator against fp32."""
     simulator_vs_quantized_db: float = 45.0
-    """SQNR in dB of the same outputs against the quantized torch model."""
+    """SQNR in dB of the same outputs against the quantized torch model, on v73 and later."""
+    simulator_vs_quantized_before_v73_db: float = 40.0
+    """The same on v68 and v69, which multiply with second operands of 8 bits and agree less."""
     block_simulator_vs_quantized_db: float = 50.0
-    """SQNR in dB of each block's outputs in the HTP simulator against the quantized torch model, from the same inputs;
-    for the graphs in `qnn.fidelity`."""
+    """SQNR in dB of each block's outputs in the HTP simulator against the quantized torch model, from the same inputs,
+    on v73 and later; for the graphs in `qnn.fidelity`."""
+    block_simulator_vs_quantized_before_v73_db: float = 38.0
+    """The same on v68 and v69."""
     response_tolerance: float = Field(default=0.05, gt=0)
     """How far the strength of the answer to the prompt, and to the control image, may be from fp32's: 0.05 allows 0.95
     to 1.05 times the change of the predicted noise, in the HTP simulator."""
     image_psnr_db: float = 38.0
     """PSNR in dB (data range 1) of the quantized model's final picture against the fp32 one."""
+
+    def key_of(self, measure: str, arch: int) -> str:
+        """Return the key of the gate that holds a measure, such as `simulator_vs_fp32_db`, on v`arch` of the NPU."""
+        before = f"{measure.removesuffix('_db')}_before_v73_db"
+        return before if arch < 73 and before in type(self).model_fields else measure
 
 
 class ReportSection(_Section):
@@ -281,6 +293,8 @@ class ReportSection(_Section):
     sensitivity: str | None = None
     """A file of `sdconvert quantize sensitivity`: the report then shows size against quality. `quantize recipe` writes
     it here."""
+    bench: str | None = None
+    """A result of `sdconvert bench` of this recipe's bundle: the report then shows the graphs on the device."""
 
 
 class Recipe(_Section):

@@ -10,7 +10,7 @@ import inspect
 import json
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -105,6 +105,23 @@ class StageOutcome:
     metrics: dict[str, Any]
 
 
+@dataclass(frozen=True)
+class StagePlan:
+    """What would become of a stage.
+
+    Attributes:
+        stage: Its name.
+        state: `reuse`, or `run`.
+        why: Its old result will not do; of one that will, that nothing changed.
+        last: What the run folder holds of it, from whatever recipe; None if nothing.
+    """
+
+    stage: str
+    state: Literal["reuse", "run"]
+    why: str
+    last: Manifest | None
+
+
 class Titled(Protocol):
     """Work that progress can be shown of."""
 
@@ -164,14 +181,8 @@ def run_stages(
         stage.inputs(recipe)
     with explain_disk_full(run.root), run.lock():
         write_text_atomic(dump_recipe(recipe), run.root / "recipe.resolved.yaml")
-        fingerprints: dict[str, str] = {}
-        digests: dict[Path, str] = {}
         outcomes = []
-        for position, stage in enumerate(stages[: last + 1]):
-            plan = _plan(stage, recipe, fingerprints, digests)
-            fingerprints[stage.name] = plan.fingerprint
-            old = run.manifest(stage.name)
-            stale = _why_stale(old, plan, run.stage_folder(stage.name))
+        for position, (stage, plan, old, stale) in enumerate(_judge(recipe, run, stages[: last + 1])):
             if position < first:
                 if stale:
                     raise PreconditionError(
@@ -185,6 +196,31 @@ def run_stages(
                 _sweep_scratch(run, keep="" if fresh else plan.fingerprint)
                 outcomes.append(_redo(stage, plan, stale or "asked for with --fresh", recipe, run, progress))
         return outcomes
+
+
+def plan_stages(recipe: Recipe, run: RunFolder, stages: Sequence[Stage]) -> list[StagePlan]:
+    """Say what `run_stages` would do; nothing is written.
+
+    Raises:
+        UsageError: A stage refuses the recipe, or what a stage reads does not exist.
+    """
+    return [
+        StagePlan(stage.name, "run" if stale else "reuse", stale or "nothing changed", old)
+        for stage, _, old, stale in _judge(recipe, run, stages)
+    ]
+
+
+def _judge(
+    recipe: Recipe, run: RunFolder, stages: Sequence[Stage]
+) -> Iterator[tuple[Stage, "_Plan", Manifest | None, str]]:
+    """Each stage with its plan, its old manifest, and why that will not do, which is empty if it will."""
+    fingerprints: dict[str, str] = {}
+    digests: dict[Path, str] = {}
+    for stage in stages:
+        plan = _plan(stage, recipe, fingerprints, digests)
+        fingerprints[stage.name] = plan.fingerprint
+        old = run.manifest(stage.name)
+        yield stage, plan, old, _why_stale(old, plan, run.stage_folder(stage.name))
 
 
 def find_stage(wanted: str, names: list[str]) -> int:

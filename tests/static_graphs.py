@@ -64,11 +64,7 @@ def small_case(config: Mapping[str, Any] = SMALL_UNET) -> Case:
     """PASD's UNet with two blocks on latents 8x8: every kind of attention, at 64 and at 16 tokens."""
     torch.manual_seed(0)
     unet, _ = build_pasd(config, SMALL_CONTROLNET)
-    # Norms begin with weights of one and biases of zero, a grid of a single value.
-    for module in unet.modules():
-        if isinstance(module, nn.GroupNorm | nn.LayerNorm):
-            for parameter in module.parameters():
-                parameter.data += 0.1 * torch.randn_like(parameter)
+    _shake(unet)
     shapes = [(1, 8, 8, 8), (1, 8, 8, 8), (1, 8, 4, 4), (1, 16, 4, 4)]
     call = {
         "sample": torch.randn(1, 4, 8, 8),
@@ -78,6 +74,20 @@ def small_case(config: Mapping[str, Any] = SMALL_UNET) -> Case:
         "mid_block_additional_residual": torch.randn(1, 16, 4, 4),
     }
     return _case(unet, call)
+
+
+def small_controlnet_case() -> Case:
+    """PASD's ControlNet for `small_case`: attention over 64 and over 16 tokens, four results."""
+    torch.manual_seed(0)
+    _, controlnet = build_pasd(SMALL_UNET, SMALL_CONTROLNET)
+    _shake(controlnet, zeros=True)
+    call = {
+        "sample": torch.randn(1, 4, 8, 8),
+        "timestep": torch.tensor([601]),
+        "encoder_hidden_states": torch.randn(1, 5, 12),
+        "controlnet_cond": torch.rand(1, 3, 16, 16),
+    }
+    return _case(controlnet, call)
 
 
 def vae_case() -> Case:
@@ -134,14 +144,28 @@ def simulate(case: Case, arch: int = 75) -> Simulation:
 
 @cache
 def shared_case(graph: str) -> Case:
-    """One case per process of `controlnet` (the reference's) and `unet` (the small one); whoever changes it copies."""
-    return golden_case("controlnet") if graph == "controlnet" else small_case()
+    """One case per process of `controlnet` (the reference's), `small_controlnet` and `unet` (small, too).
+
+    Whoever changes it copies.
+    """
+    if graph == "controlnet":
+        return golden_case("controlnet")
+    return small_controlnet_case() if graph == "small_controlnet" else small_case()
 
 
 @cache
 def shared_simulation(graph: str, arch: int = 75) -> Simulation:
     """The simulation of a shared case; whoever changes it makes another."""
     return simulate(shared_case(graph), arch)
+
+
+def _shake(model: nn.Module, *, zeros: bool = False) -> None:
+    """Move norms, which begin as a grid of one value, and layers that begin as zero and hide what is before them."""
+    for module in model.modules():
+        own = list(module.parameters(recurse=False))
+        if isinstance(module, nn.GroupNorm | nn.LayerNorm) or (zeros and not all(one.any() for one in own)):
+            for parameter in own:
+                parameter.data += 0.1 * torch.randn_like(parameter)
 
 
 def _case(model: nn.Module, call: dict[str, Any]) -> Case:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from skimage.filters import prewitt
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from sdconvert import metrics
@@ -78,3 +79,15 @@ def test_max_abs_and_shapes() -> None:
     assert metrics.max_abs(torch.empty(0), torch.empty(0)) == 0
     with pytest.raises(UsageError, match=r"\(2,\) and \(3,\)"):
         metrics.sqnr_db(torch.zeros(2), torch.zeros(3))
+
+
+def test_gradient_similarity_agrees_with_scikit_images_prewitt() -> None:
+    reference, image = picture(1), (picture(1) + 0.1 * picture(2)).clamp(0, 1)
+    halved = [to_luma(one.double())[0].reshape(20, 2, 24, 2).mean(dim=(1, 3)).numpy() for one in (reference, image)]
+    one, other = (math.sqrt(2) * prewitt(luma) for luma in halved)  # scikit-image takes the mean of both directions
+    constant = 170 / 255**2
+    expected = ((2 * one * other + constant) / (one**2 + other**2 + constant)).mean()
+    assert metrics.gradient_similarity_y(reference, image) == pytest.approx(expected, abs=1e-9)
+    assert metrics.gradient_similarity_y(reference, reference) == 1
+    flat = reference.mean() * torch.ones_like(reference)
+    assert metrics.gradient_similarity_y(reference, flat) < 0.9

@@ -102,6 +102,15 @@ def test_the_bundle_verifies_and_a_flipped_byte_does_not(road: dict[str, Any], t
         verify_bundle(copy)
 
 
+@pytest.mark.slow
+def test_pictures_drawn_behind_adb_are_the_simulators_bit_for_bit(road: dict[str, Any]) -> None:
+    command = [sys.executable, "scripts/bench_sim.py", str(RUN / "70-android" / "bundle")]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests/android'}"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=3000, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "picture chelsea-tile, picture china-tile, step 0" in done.stdout
+
+
 @pytest.mark.parametrize(("form", "stage"), [("mha", "30-quantize"), ("sha", "40-mha2sha")])
 @pytest.mark.parametrize("graph", GRAPHS)
 def test_the_shipped_encodings_are_those_of_a_run(road: dict[str, Any], graph: str, form: str, stage: str) -> None:

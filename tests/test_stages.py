@@ -16,7 +16,7 @@ import yaml
 from sdconvert.artifacts import RunFolder
 from sdconvert.config import Recipe
 from sdconvert.errors import EnvironmentProblem, PreconditionError, UsageError
-from sdconvert.stages import StageContext, StageOutcome, run_stages
+from sdconvert.stages import StageContext, StageOutcome, plan_stages, run_stages
 
 NAMES = ("10-copy", "20-count", "30-tell")
 
@@ -138,6 +138,24 @@ def test_first_run_runs_all_second_reuses_all(road: Road) -> None:
     ] * 3
     assert again[0].metrics == {"sqnr_db": float("inf")}
     assert (road.run.root / "30-tell/count.txt").read_text() == "5"
+
+
+def test_a_plan_says_what_a_run_then_does_and_writes_nothing(road: Road) -> None:
+    first = road.recipe()
+    assert [(plan.state, plan.why, plan.last) for plan in plan_stages(first, road.run, road.stages)] == [
+        ("run", "no result yet", None)
+    ] * 3
+    assert not road.run.root.exists()
+    road.go(first)
+    (road.run.root / "30-tell/count.txt").unlink()
+    changed = road.recipe(quantize={"weight_bitwidth": 4})
+    for recipe in (changed, first, changed):
+        files = {path: path.stat().st_mtime_ns for path in road.run.root.rglob("*")}
+        plans = plan_stages(recipe, road.run, road.stages)
+        assert {path: path.stat().st_mtime_ns for path in road.run.root.rglob("*")} == files
+        assert [plan.last for plan in plans] == [road.run.manifest(name) for name in NAMES]
+        said = [(plan.stage, {"reuse": "reused", "run": "ran"}[plan.state], plan.why) for plan in plans]
+        assert [(outcome.stage, outcome.state, outcome.why) for outcome in road.go(recipe)] == said
 
 
 def test_manifest_log_and_resolved_recipe_say_what_happened(road: Road) -> None:

@@ -1,17 +1,44 @@
-"""What the android stage leaves for later stages: the bundle as a folder and as a tar."""
+"""What is left for others to read: the bundle as a folder and as a tar, and the results of benches."""
 
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from sdconvert.android.manifest import Manifest
-from sdconvert.errors import PreconditionError
+from sdconvert.errors import PreconditionError, UsageError
+from sdconvert.io.files import read_json
 
 BUNDLE = "bundle"
+RESULT = "bench.json"
+RESULT_VERSION = 2
+_FIELDS = {"session", "bundle", "model", "soc", "is_device", "runner", "graphs", "test_inputs"}
 
 
 def tar_path(folder: Path) -> Path:
     """Return where the tar of a bundle folder lies: beside it."""
     return folder.with_name(f"{folder.name}.tar")
+
+
+def read_bench(path: Path) -> dict[str, Any]:
+    """Read a `bench.json`, or the one in a folder.
+
+    Raises:
+        UsageError: It is none, or of another version.
+    """
+    file = path / RESULT if path.is_dir() else path
+    if not file.is_file():
+        raise UsageError(f"no result of a bench at `{path}`", hint="give the folder that `sdconvert bench -o` wrote")
+    try:
+        result = read_json(file)
+    except PreconditionError as error:
+        raise UsageError(error.args[0], hint="run `sdconvert bench` again") from error
+    version = result.get("schema_version") if isinstance(result, dict) else None
+    if version != RESULT_VERSION or not result.keys() >= _FIELDS:
+        raise UsageError(
+            f"`{file}` is no result of a bench that this sdconvert reads (schema_version {version})",
+            hint="run `sdconvert bench` again",
+        )
+    return dict(result)
 
 
 class AndroidArtifact:

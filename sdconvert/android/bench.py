@@ -1,52 +1,148 @@
 """Benchmark a bundle: run it, compare every answer with what was expected, and write down times as they were taken."""
 
+import hashlib
+import secrets
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sdconvert.android.manifest import Manifest
-from sdconvert.android.runners import Runner, graphs_of
-from sdconvert.android.scores import accuracy_figures, latency_figures
-from sdconvert.io.files import write_json_atomic, write_text_atomic
+from sdconvert.android.artifact import RESULT, RESULT_VERSION
+from sdconvert.android.bench_sections import sections
+from sdconvert.android.climate import SCATTER
+from sdconvert.android.image_time import image_time
+from sdconvert.android.loop_files import loop_of
+from sdconvert.android.loop_scores import closed_loop, loop_page, teacher_forced
+from sdconvert.android.manifest import GraphRecord, Manifest
+from sdconvert.android.measure import Job, Measured, measure
+from sdconvert.android.plausibility import doubt
+from sdconvert.android.scores import accuracy_figures, sustained_figures, timing_figures
+from sdconvert.android.timing import LoopMode, Plan
+from sdconvert.errors import DeviceError
+from sdconvert.io.files import sha256_file, write_json_atomic, write_text_atomic
 
-RESULT, PAGE = "bench.json", "bench.md"
+PAGE = "bench.md"
 
 
-def bench(bundle: Path, manifest: Manifest, runner: Runner, out: Path, inferences: int) -> dict[str, Any]:
-    """Run a bundle and write `bench.json` and `bench.md` into `out`; returns what `bench.json` holds.
+def bench(jobs: Sequence[Job], outs: Sequence[Path], plan: Plan) -> list[dict[str, Any]]:
+    """Run bundles in one session and write `bench.json` and `bench.md` of each; returns what the files hold.
 
     Args:
-        bundle: The bundle's folder.
-        manifest: What `verify_bundle` made of it.
-        runner: Who runs it.
-        out: Folder of the result.
-        inferences: How often each graph is run for its time.
+        jobs: Bundles and who runs them, all on the same device.
+        outs: Folder of the result of each.
+        plan: What is measured, and how often.
 
     Raises:
+        UsageError: Pictures are asked for of a bundle that has nothing to sample with.
         DeviceError: A device did not do what was asked, or its answers make no sense.
     """
-    run = runner.run(bundle, manifest, inferences)
+    for job in jobs if plan.loops else ():
+        loop_of(job.manifest)
+    session = secrets.token_hex(8)
+    results = []
+    for job, found, out in zip(jobs, measure(jobs, plan), outs, strict=True):
+        result = _result(job, found, session) | _sampled(job, plan, out)
+        write_json_atomic(result, out / RESULT)
+        write_text_atomic(bench_page(result), out / PAGE)
+        results.append(result)
+    return results
+
+
+def _result(job: Job, found: Measured, session: str) -> dict[str, Any]:
+    manifest, runner = job.manifest, job.runner
+    graphs = [_graph_result(job, graph, found) for graph in job.graphs]
+    valid = {graph["name"]: graph["latency"][runner.clock]["p50_ms"] for graph in graphs if not graph["invalid"]}
     result: dict[str, Any] = {
-        "schema_version": 1,
+        "schema_version": RESULT_VERSION,
+        "session": session,
+        "bundle": sha256_file(job.bundle / "manifest.json"),
         "model": manifest.model,
         "qairt": manifest.qairt,
         "runner": runner.name,
         "is_device": runner.is_device,
-        "soc": run.soc,
-        "device": run.device,
-        "notes": run.notes,
-        "graphs": [
-            {
-                "name": graph.name,
-                "latency": {name: latency_figures(times) for name, times in run.graphs[graph.name].times_ms.items()},
-                "peak_kb": run.graphs[graph.name].peak_kb,
-                "outputs": accuracy_figures(bundle, manifest, graph, run.graphs[graph.name].answers),
-            }
-            for graph in graphs_of(manifest, run.soc)
-        ],
+        "soc": runner.soc,
+        "device": runner.about()[0],
+        "climate": found.climate.record(),
+        "cooled_s": found.cooled_s,
+        "test_inputs": _test_inputs(manifest),
+        "notes": [*found.notes, *_scatter_notes(graphs), *(_doubts(job, valid) if runner.is_device else [])],
+        "graphs": graphs,
+        "image": image_time(manifest, valid) if runner.is_device else None,
     }
-    write_json_atomic(result, out / RESULT)
-    write_text_atomic(bench_page(result), out / PAGE)
+    if found.sustained:
+        name, timing = found.sustained
+        result["sustained"] = {"graph": name, **sustained_figures(timing)}
     return result
+
+
+def _sampled(job: Job, plan: Plan, out: Path) -> dict[str, Any]:
+    """Sample the test pictures; last of all, for it warms the device."""
+    where_it_can: tuple[LoopMode, ...] = ("closed", "teacher-forced") if job.manifest.loop else ()
+    loops = where_it_can if plan.loops is None else plan.loops
+    executor, found = job.runner.executor(job.bundle, job.manifest), dict[str, Any]()
+    if "closed" in loops:
+        found["closed_loop"] = closed_loop(job.bundle, job.manifest, executor, job.runner.soc, out)
+    if "teacher-forced" in loops:
+        found["teacher_forced"] = teacher_forced(job.bundle, job.manifest, executor, job.runner.soc)
+    return found
+
+
+def _doubts(job: Job, median_ms: Mapping[str, float]) -> list[str]:
+    sizes = {graph.name: job.manifest.files[graph.context].bytes for graph in job.graphs}
+    told = (
+        doubt(graph, sizes[graph.name], graph.soc, median_ms[graph.name])
+        for graph in job.graphs
+        if graph.name in median_ms
+    )
+    return [text for text in told if text]
+
+
+def _scatter_notes(graphs: Sequence[dict[str, Any]]) -> list[str]:
+    found = []
+    for graph in graphs:
+        [latency] = graph["latency"].values()
+        if not graph["invalid"] and latency["p90_ms"] > SCATTER * latency["p50_ms"]:
+            ratio = latency["p90_ms"] / latency["p50_ms"]
+            found.append(f"times of `{graph['name']}` scatter (p90/p50 = {ratio:.2f}): is something else running?")
+    return found
+
+
+def _graph_result(job: Job, graph: GraphRecord, found: Measured) -> dict[str, Any]:
+    timing = found.timing(graph.name)
+    result = {
+        "name": graph.name,
+        "inputs": {tensor.name: list(tensor.shape) for tensor in graph.inputs},
+        "context_bytes": job.manifest.files[graph.context].bytes,
+        **timing_figures(timing, [len(one.times_ms) for one in found.rounds[graph.name]], job.runner.clock),
+        "outputs": accuracy_figures(job.bundle, job.manifest, graph, found.answers[graph.name]),
+    }
+    if found.ops:
+        result["op_profile"] = found.ops[graph.name]
+    return result
+
+
+def _test_inputs(manifest: Manifest) -> str:
+    """One checksum over everything that goes into the graphs: results of other inputs cannot be compared."""
+    digest = hashlib.sha256()
+    for name, record in sorted(manifest.files.items()):
+        if record.role == "input":
+            digest.update(f"{name} {record.sha256}\n".encode())
+    return digest.hexdigest()
+
+
+def require_valid(results: Sequence[dict[str, Any]]) -> None:
+    """Refuse results whose times say nothing.
+
+    Raises:
+        DeviceError: A device throttled while a graph was timed.
+    """
+    for result in results:
+        invalid = [f"{graph['name']} ({graph['invalid']})" for graph in result["graphs"] if graph["invalid"]]
+        if invalid:
+            raise DeviceError(
+                f"device `{(result['device'] or {}).get('serial', result['runner'])}` throttled while it was timed: "
+                f"{', '.join(invalid)}; these times are kept as they came, and count for nothing",
+                hint="take the phone off its charger and out of its case, let it cool, and run the same command again",
+            )
 
 
 def bench_rows(result: dict[str, Any]) -> list[tuple[str, ...]]:
@@ -59,14 +155,17 @@ def bench_rows(result: dict[str, Any]) -> list[tuple[str, ...]]:
             for kind in ("vs_fp32", "vs_simulator")
         ]
         worst = [f"{min(found):.1f}" if found else "" for found in levels]
-        rows.append((graph["name"], f"{latency['p50_ms']:.3f}", f"{latency['p90_ms']:.3f}", *worst))
+        times = ["invalid"] * 2 if graph["invalid"] else [f"{latency[key]:.3f}" for key in ("p50_ms", "p90_ms")]
+        once = [f"{graph[key]:.1f}" if graph[key] is not None else "" for key in ("first_run_ms", "context_load_ms")]
+        rows.append((graph["name"], *times, *once, *worst))
     return rows
 
 
 def bench_columns(result: dict[str, Any]) -> tuple[str, ...]:
     """Return the headings of `bench_rows`; they say whose times these are."""
     whose = "" if result["is_device"] else " (no device)"
-    return ("graph", f"p50 ms{whose}", f"p90 ms{whose}", "vs fp32 dB", "vs simulator dB")
+    times = (f"{name} ms{whose}" for name in ("p50", "p90", "first run", "load"))
+    return ("graph", *times, "vs fp32 dB", "vs simulator dB")
 
 
 def bench_page(result: dict[str, Any]) -> str:
@@ -82,5 +181,7 @@ def bench_page(result: dict[str, Any]) -> str:
         f"| {' | '.join(columns)} |",
         f"|{'---|' * len(columns)}",
         *(f"| {' | '.join(row)} |" for row in bench_rows(result)),
+        *sections(result),
+        *loop_page(result, "" if result["is_device"] else " (no device)"),
     ]
     return "\n".join(lines) + "\n"

@@ -7,6 +7,7 @@
     input_list_<graph>.txt                      qnn-net-run's format, one line per sample
     expected/<id>/<tensor>.fp32.raw             what the fp32 model answers
     expected/<id>/<tensor>.sim.<soc>.raw        what the context for that SoC answers in the simulator
+    loop/                                       what sampling takes on this computer (loop_files.py)
 
 The `.tar` beside the folder has the same bytes for the same content: names sorted, no times, no owners.
 """
@@ -22,7 +23,20 @@ import torch
 
 from sdconvert.android.artifact import tar_path
 from sdconvert.android.checks import Sample, check_contexts, check_samples
-from sdconvert.android.manifest import FileRecord, GraphRecord, Manifest, Role, SampleRecord, SocRecord, TensorRecord
+from sdconvert.android.loop_files import Loop, write_loop
+from sdconvert.android.manifest import (
+    LOOP,
+    ChainRecord,
+    FileRecord,
+    GraphRecord,
+    LoopRecord,
+    Manifest,
+    Role,
+    SampleRecord,
+    SocRecord,
+    TensorRecord,
+    input_list,
+)
 from sdconvert.errors import UsageError
 from sdconvert.io.files import atomic_file, atomic_folder, sha256_file
 from sdconvert.qnn.artifact import Context, TensorSpec
@@ -36,8 +50,10 @@ def write_bundle(
     model: str,
     contexts: Sequence[Context],
     samples: Sequence[Sample],
+    chains: Sequence[ChainRecord] = (),
     scheduler: Mapping[str, Any],
     metrics: Mapping[str, Any],
+    loop: Loop | None = None,
 ) -> Manifest:
     """Write the folder `out` and `out` + `.tar`, replacing what was there; each appears whole or not at all.
 
@@ -46,8 +62,10 @@ def write_bundle(
         model: Name of the model, for people.
         contexts: Compiled graphs; every graph for every SoC.
         samples: Test inputs with the answers expected; at least one per graph, ids unique in the bundle.
+        chains: Models in several graphs.
         scheduler: JSON-able class name, configuration, timesteps and table of the sampler.
         metrics: JSON-able figures expected of the graphs.
+        loop: What pictures are drawn with, if the graphs can sample.
 
     Raises:
         UsageError: A name has characters that runners rewrite, a tensor does not fit its graph or is not finite,
@@ -70,8 +88,10 @@ def write_bundle(
             qairt=contexts[0].info.qairt,
             socs=tuple({context.soc.name: _soc_record(context) for context in contexts}.values()),
             graphs=graphs,
+            chains=tuple(chains),
             scheduler=dict(scheduler),
             samples=tuple(SampleRecord(id=sample.id, graph=sample.graph) for sample in samples),
+            loop=writer.add_loop(loop) if loop else None,
             metrics=dict(metrics),
             files=writer.file_records(),
         )
@@ -128,8 +148,14 @@ class _Writer:
             values.tofile(self._new(f"{base}/{name}.{suffix}", role))
 
     def add_input_list(self, graph: str, inputs: Sequence[TensorSpec], ids: Sequence[str]) -> None:
-        lines = (" ".join(f"{spec.name}:=inputs/{one}/{spec.name}.raw" for spec in inputs) for one in ids)
-        self._new(f"input_list_{graph}.txt", "input_list").write_text("".join(f"{line}\n" for line in lines))
+        text = input_list([spec.name for spec in inputs], ids)
+        self._new(f"input_list_{graph}.txt", "input_list").write_text(text)
+
+    def add_loop(self, loop: Loop) -> LoopRecord:
+        record = write_loop(loop, self._folder)
+        files = [path for path in (self._folder / LOOP).rglob("*") if path.is_file()]
+        self._roles |= dict.fromkeys([path.relative_to(self._folder).as_posix() for path in files], "loop")
+        return record
 
     def file_records(self) -> dict[str, FileRecord]:
         return {

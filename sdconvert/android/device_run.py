@@ -5,12 +5,13 @@
 
 import re
 import secrets
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from math import prod
 from pathlib import Path
 
-from sdconvert.android.adb import Adb, quoted
+from sdconvert.android.adb import Adb, ShellAnswer, quoted
 from sdconvert.android.device import free_bytes
 from sdconvert.android.device_log import explain_log
 from sdconvert.android.manifest import GraphRecord, Manifest
@@ -51,16 +52,26 @@ def run_script() -> dict[str, LocalFile]:
     return {_SCRIPT: local_file(Path(str(files("sdconvert.android") / _SCRIPT)))}
 
 
-def run_bundle(adb: Adb, manifest: Manifest, soc: str, remote: str, *, inferences: int, limit_s: int) -> RunStatus:
-    """Run every graph once over its samples for the answers, then again for the time.
+def run_bundle(
+    adb: Adb,
+    manifest: Manifest,
+    soc: str,
+    remote: str,
+    steps: Sequence[str],
+    *,
+    limit_s: int,
+    only: str | None = None,
+) -> RunStatus:
+    """Take graphs through steps on the phone; what an earlier run left there goes.
 
     Args:
         adb: The device, with the bundle in `remote` and a runner in its `bin/qnn-net-run`.
         manifest: The bundle's.
         soc: The SoC of the bundle whose contexts are run.
         remote: The folder that the bundle was pushed to; results are in its `out`.
-        inferences: How often each graph is run for the time.
+        steps: As `run.sh` takes them, such as `check`, `env`, `accuracy`, `latency=100`.
         limit_s: Seconds after which a runner counts as hung.
+        only: Name of the one graph to run; without it all.
 
     Raises:
         UsageError: A graph has inputs of several types.
@@ -69,20 +80,37 @@ def run_bundle(adb: Adb, manifest: Manifest, soc: str, remote: str, *, inference
         DeviceFullError: The phone ran out of space.
         DeviceError: A step failed, or its results are not whole.
     """
-    graphs = [_argument(graph) for graph in manifest.graphs if graph.soc == soc]
+    graphs = [graph for graph in manifest.graphs if graph.soc == soc and only in (None, graph.name)]
+    arguments = [graph_argument(graph) for graph in graphs]
     run = secrets.token_hex(8)
     # In place of the shell that adb starts, which is the one that hears of a lost connection.
-    command = "exec " + quoted("sh", f"{remote}/bundle/{_SCRIPT}", run, soc, str(limit_s), str(inferences), *graphs)
-    timeout_s = 2 * _SHORT_S + limit_s * (1 + 2 * len(graphs))
+    command = "exec " + quoted("sh", f"{remote}/bundle/{_SCRIPT}", run, soc, str(limit_s), " ".join(steps), *arguments)
+    timeout_s = 2 * _SHORT_S + limit_s * (1 + len(steps) * len(graphs))
     answer = adb.shell(command, timeout_s=timeout_s, doing="the graphs were run")
-    told = adb.shell(quoted("cat", f"{remote}/out/status"), timeout_s=_SHORT_S, doing="the status was read").out
+    status = read_status(adb, f"{remote}/out", run, answer)
+    for graph in graphs:
+        for step in steps:
+            _check_whole(manifest, graph, step.partition("=")[0], status)
+    return status
+
+
+def read_status(adb: Adb, out: str, run: str, answer: ShellAnswer) -> RunStatus:
+    """Return the status that `run.sh` left in the folder `out` of a device, if it reached its end.
+
+    Args:
+        adb: The device.
+        out: Where run.sh puts everything.
+        run: What the run was called.
+        answer: What the shell said of it, which explains only why there is no status.
+
+    Raises:
+        DeviceError: As `run_bundle`.
+    """
+    told = adb.shell(quoted("cat", f"{out}/status"), timeout_s=_SHORT_S, doing="the status was read").out
     lines = told.split()[:2] == ["run", run] and told.splitlines()
     if not lines or lines[-1] != "done":
-        last = lines[-1] if lines else ""
-        raise _failure(adb, remote, last, f"{answer.err}\n{answer.out}", answer.code)
-    status = RunStatus(told, tuple(_step(line) for line in lines if " ok" in line))
-    _check_whole(manifest, soc, status)
-    return status
+        raise _failure(adb, out, lines[-1] if lines else "", f"{answer.err}\n{answer.out}", answer.code)
+    return RunStatus(told, tuple(_step(line) for line in lines if " ok" in line))
 
 
 def pull_results(adb: Adb, remote: str, status: RunStatus, folder: Path) -> None:
@@ -105,7 +133,7 @@ def pull_results(adb: Adb, remote: str, status: RunStatus, folder: Path) -> None
                 _check_pulled(adb, work, step.figures)
 
 
-def _argument(graph: GraphRecord) -> str:
+def graph_argument(graph: GraphRecord) -> str:
     """Name a graph for run.sh; the runner takes all its inputs as float32, or all in the graph's own type."""
     types = {tensor.dtype for tensor in graph.inputs}
     if len(types) > 1:
@@ -132,34 +160,35 @@ def _step(line: str) -> Step:
     return Step(name, dict(re.findall(r"(\w+)=(\S+)", " ".join(figures))))
 
 
-def _check_whole(manifest: Manifest, soc: str, status: RunStatus) -> None:
-    for graph in manifest.graphs:
-        if graph.soc != soc:
-            continue
-        samples = sum(sample.graph == graph.name for sample in manifest.samples)
-        nbytes = sum(4 * prod(output.shape) for output in graph.outputs)
-        wanted = {"results": samples, "files": samples * len(graph.outputs), "bytes": samples * nbytes}
-        found = status.step("accuracy", graph.name)
-        if {key: int(found.get(key, 0)) for key in wanted} != wanted:
-            raise DeviceError(
-                f"the runner answered {found} for graph `{graph.name}`; {wanted} were to come",
-                hint="is it a qnn-net-run of the QAIRT build that the bundle names, without native output files?",
-            )
-        if not status.step("latency", graph.name):
-            raise DeviceError(f"graph `{graph.name}` has no latency run", hint=_AGAIN)
+def _check_whole(manifest: Manifest, graph: GraphRecord, step: str, status: RunStatus) -> None:
+    if step in ("check", "env"):
+        return
+    found = status.step(step, graph.name)
+    if not found:
+        raise DeviceError(f"graph `{graph.name}` has no {step} run", hint=_AGAIN)
+    if step != "accuracy":
+        return
+    samples = sum(sample.graph == graph.name for sample in manifest.samples)
+    nbytes = sum(4 * prod(output.shape) for output in graph.outputs)
+    wanted = {"results": samples, "files": samples * len(graph.outputs), "bytes": samples * nbytes}
+    if {key: int(found.get(key, 0)) for key in wanted} != wanted:
+        raise DeviceError(
+            f"the runner answered {found} for graph `{graph.name}`; {wanted} were to come",
+            hint="is it a qnn-net-run of the QAIRT build that the bundle names, without native output files?",
+        )
 
 
-def _failure(adb: Adb, remote: str, last: str, said: str, code: int) -> DeviceError:
+def _failure(adb: Adb, out: str, last: str, said: str, code: int) -> DeviceError:
     name = f"device `{adb.serial}`"
     if code == _CANNOT_WRITE:
-        free = free_bytes(adb, remote) / 1e6
+        free = free_bytes(adb, out.rpartition("/")[0]) / 1e6
         return DeviceFullError(
-            f"{name} could not write below {remote}/out after `{last or 'the start'}`; {free:.1f} MB are free there",
+            f"{name} could not write below {out} after `{last or 'the start'}`; {free:.1f} MB are free there",
             hint=f"free some space on the phone and {_AGAIN}",
         )
     match last.split():
         case ["fail", step, why, *detail]:
-            return _told_failure(adb, remote, step, why, detail)
+            return _told_failure(adb, out, step, why, detail)
         case _:
             shown = next((line for line in said.splitlines() if line.strip()), "nothing")
             return DeviceLostError(
@@ -168,7 +197,7 @@ def _failure(adb: Adb, remote: str, last: str, said: str, code: int) -> DeviceEr
             )
 
 
-def _told_failure(adb: Adb, remote: str, step: str, why: str, detail: list[str]) -> DeviceError:
+def _told_failure(adb: Adb, out: str, step: str, why: str, detail: list[str]) -> DeviceError:
     name, what = f"device `{adb.serial}`", " ".join(detail)
     match why:
         case "bad_checksum":
@@ -186,7 +215,7 @@ def _told_failure(adb: Adb, remote: str, step: str, why: str, detail: list[str])
             return DeviceFullError(f"{name} has no room for `{what}`", hint=f"free some and {_AGAIN}")
         case "no_profile":
             return DeviceError(f"the runner on {name} wrote no profile of graph `{what}`", hint="is it qnn-net-run?")
-    log = f"{remote}/out/{step}.log" if why == "runner_unusable" else f"{remote}/out/{step}-{detail[0]}.log"
+    log = f"{out}/{step}.log" if why == "runner_unusable" else f"{out}/{step}-{detail[0]}.log"
     text = adb.shell(quoted("tail", "-n", "20", log), timeout_s=_SHORT_S, doing="the log was read").out.strip()
     shown = text.splitlines()[-1] if text else "nothing"
     return DeviceError(

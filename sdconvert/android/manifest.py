@@ -1,5 +1,6 @@
 """`manifest.json` of a bundle: what is in it, for which SoCs, and what the graphs must answer."""
 
+from collections.abc import Iterable
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, StringConstraints, model_validator
@@ -13,7 +14,9 @@ BUNDLE_PATH = r"[A-Za-z0-9_][A-Za-z0-9_.+-]*(/[A-Za-z0-9_][A-Za-z0-9_.+-]*)*"
 Name = Annotated[str, StringConstraints(pattern=f"^{NAME}$")]
 SampleId = Annotated[str, StringConstraints(pattern=f"^{SAMPLE_ID}$")]
 BundlePath = Annotated[str, StringConstraints(pattern=f"^{BUNDLE_PATH}$")]
-Role = Literal["context", "epcontext", "input", "input_list", "expected_fp32", "expected_sim"]
+Role = Literal["context", "epcontext", "input", "input_list", "expected_fp32", "expected_sim", "loop"]
+LOOP = "loop"
+"""Folder of what stays on this computer, for drawing pictures with the graphs."""
 
 
 class _Record(BaseModel):
@@ -51,11 +54,37 @@ class GraphRecord(_Record):
     outputs: tuple[TensorRecord, ...]
 
 
+class ChainRecord(_Record):
+    """A model in several graphs, which run one after another; a tensor has the same name in all of them."""
+
+    name: Name
+    parts: tuple[Name, ...]
+    outputs: tuple[Name, ...]
+    """Of the model; each is an output of one of the parts."""
+
+
 class SampleRecord(_Record):
     """One test input of one graph."""
 
     id: SampleId
     graph: Name
+
+
+class LoopRecord(_Record):
+    """What it takes to draw pictures with the graphs; files lie in `loop/` (loop_files.py)."""
+
+    arguments: dict[str, Any]
+    """Of a call of the pipeline, beside the picture."""
+    simulated_soc: Name
+    """The SoC whose contexts drew the simulator's pictures."""
+    pictures: tuple[SampleId, ...]
+    steps: tuple[SampleId, ...]
+    """Those of the pictures whose single steps are there too."""
+
+    def paths(self) -> list[str]:
+        """Return the files of all pictures."""
+        kinds = {"pictures": self.pictures, "steps": self.steps}
+        return [f"{LOOP}/{kind}/{name}.safetensors" for kind, names in kinds.items() for name in names]
 
 
 class FileRecord(_Record):
@@ -75,12 +104,21 @@ class Manifest(_Record):
     """Build of the compiler; the device's runtime must not be older."""
     socs: tuple[SocRecord, ...]
     graphs: tuple[GraphRecord, ...]
+    chains: tuple[ChainRecord, ...] = ()
+    """Models in several graphs."""
     scheduler: dict[str, Any]
     """The sampler that calls the graphs: class, configuration, and as `table` a `SchedulerSpec`, all a loop needs."""
     samples: tuple[SampleRecord, ...]
+    loop: LoopRecord | None = None
+    """What a device's own pictures take; nothing if the graphs cannot sample."""
     metrics: dict[str, Any]
     """Figures expected of the graphs, as measured before shipping."""
     files: dict[BundlePath, FileRecord]
+
+    def models(self) -> set[str]:
+        """Names of what a pipeline calls: graphs, and models in several graphs."""
+        parts = {part for chain in self.chains for part in chain.parts}
+        return {graph.name for graph in self.graphs} - parts | {chain.name for chain in self.chains}
 
     @model_validator(mode="after")
     def _references_resolve(self) -> Self:
@@ -88,6 +126,15 @@ class Manifest(_Record):
         loose = [f"soc {graph.soc}" for graph in self.graphs if graph.soc not in socs]
         loose += [f"file {path}" for g in self.graphs for path in (g.context, g.epcontext) if path not in self.files]
         loose += [f"graph {sample.graph}" for sample in self.samples if sample.graph not in graphs]
+        loose += [f"graph {part}" for chain in self.chains for part in chain.parts if part not in graphs]
+        if self.loop:
+            loose += [f"file {path}" for path in self.loop.paths() if path not in self.files]
+            loose += [f"soc {self.loop.simulated_soc}"] if self.loop.simulated_soc not in socs else []
         if loose:
             raise ValueError(f"refers to what it does not list: {', '.join(loose)}")
         return self
+
+
+def input_list(inputs: Iterable[str], ids: Iterable[str]) -> str:
+    """Return what `input_list_<graph>.txt` says: one line per sample, in qnn-net-run's format."""
+    return "".join(" ".join(f"{name}:=inputs/{one}/{name}.raw" for name in inputs) + "\n" for one in ids)

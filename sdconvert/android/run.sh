@@ -1,18 +1,30 @@
 #!/system/bin/sh
-# Runs the graphs of a pushed bundle: check, env, accuracy, latency, done.
+# Runs the graphs of a pushed bundle, in the steps that are asked for.
 #
-#   sh run.sh RUN SOC LIMIT_S INFERENCES GRAPH[:native]...
+#   sh run.sh RUN SOC LIMIT_S "STEP[=COUNT]..." GRAPH[:native]...
+#
+#   check              every file has its checksum
+#   env                the runner can be started; before anything that runs a graph
+#   accuracy           every sample once, answers kept
+#   latency=N          the first sample N times
+#   profile=N          the same, with the cycles of every op; slower, and never a latency
+#   sustained=SECONDS  the same, so long, in the mode for long work
+#   loop               one call of a sampling loop, alone and of one graph: everything of it is in ../loop instead of
+#                      ../out; the list is ../loop/GRAPH.txt, and ../loop/GRAPH.sums has the checksums of what it names.
+#                      Answers of other graphs stay there, as inputs for this one.
 #
 # A graph's input files hold float32, which the runner converts; after `:native` they hold the graph's own type.
+# Steps that take times leave what the phone says of its temperature before and after.
 #
 # ../out/status has one line per step, is replaced whole after each, and ends with `done` or `fail STEP WHY DETAIL`.
 # Whatever the shell's caller sees of this script's exit code or output, only that file counts. It is written for mksh
 # and toybox as Android has them, uses builtins where there are any, and runs in other POSIX shells too.
 
-run=$1 soc=$2 limit=$3 inferences=$4
+run=$1 soc=$2 limit=$3 steps=$4
 shift 4
 cd "${0%/*}" || exit 9
 out=../out
+[ "$steps" = loop ] && out=../loop
 runner=./bin/qnn-net-run
 lines="run $run" step=start child= watcher=
 
@@ -87,14 +99,15 @@ measure() {
   done
 }
 
-check() {
+# Compares files with the checksums in the file $1; without it, all that was pushed.
+check_step() {
   checked=0
   while read -r sum name; do
     found=
     [ -f "$name" ] && found=$(sha256sum "$name")
     [ "${found%% *}" = "$sum" ] || fail "bad_checksum $name"
     checked=$((checked + 1))
-  done <sums.txt
+  done <"${1:-sums.txt}"
   say "check ok files=$checked"
 }
 
@@ -125,42 +138,71 @@ run_graph() {
   [ "$code" = 0 ] || fail "runner_failed $graph $code"
 }
 
-rm -rf "$out"
-mkdir -p "$out" || exit 9
-trap hangup HUP TERM
+# Adds what the phone says of its temperature, headed by $1, to the results of this step and graph.
+climate() {
+  mkdir -p "$out/$step/$graph" || fail "no_space $out"
+  { echo "sdconvert-climate $1"; dumpsys thermalservice; dumpsys battery; } >>"$out/$step/$graph/climate" 2>/dev/null
+}
 
-step=check
-say "begin check"
-check
-
-step=env
-say "begin env"
-env_step
-
-step=accuracy
-for argument; do
-  parse "$argument"
-  say "begin accuracy graph=$graph"
-  run_graph accuracy "input_list_$graph.txt"
+# Runs the graph in this step as `run_graph` does, and tells what answers came.
+answer() {
+  run_graph "$step" "$@"
   results=0
-  for folder in "$out/accuracy/$graph"/Result_*; do
+  for folder in "$out/$step/$graph"/Result_*; do
     [ -d "$folder" ] && results=$((results + 1))
   done
-  measure "$out/accuracy/$graph"/Result_*/*.raw
-  say "accuracy ok graph=$graph results=$results files=$files bytes=$bytes peak_kb=$peak_kb"
-done
+  measure "$out/$step/$graph"/Result_*/*.raw
+  say "$step ok graph=$graph results=$results files=$files bytes=$bytes peak_kb=$peak_kb"
+}
 
-step=latency
-for argument; do
-  parse "$argument"
-  say "begin latency graph=$graph"
+loop() {
+  step=check
+  check_step "$out/$graph.sums"
+  step=env
+  env_step
+  step=answer
+  rm -rf "$out/answer/$graph"
+  say "begin answer graph=$graph"
+  answer "$out/$graph.txt" --perf_profile burst --profiling_level basic
+}
+
+# Runs the first sample again and again for its time; the arguments are options of the runner.
+timed() {
   read -r first <"input_list_$graph.txt"
   echo "$first" >"$out/first_$graph.txt"
-  run_graph latency "$out/first_$graph.txt" \
-    --perf_profile burst --profiling_level basic --num_inferences "$inferences" --keep_num_outputs 1
-  measure "$out/latency/$graph"/qnn-profiling-data_*.log
+  climate before
+  run_graph "$step" "$out/first_$graph.txt" --keep_num_outputs 1 "$@"
+  climate after
+  measure "$out/$step/$graph"/qnn-profiling-data_*.log
   [ "$bytes" -gt 0 ] || fail "no_profile $graph"
-  say "latency ok graph=$graph inferences=$inferences files=$files bytes=$bytes peak_kb=$peak_kb"
+  say "$step ok graph=$graph count=$count files=$files bytes=$bytes peak_kb=$peak_kb"
+}
+
+[ "$steps" = loop ] || rm -rf "$out"
+mkdir -p "$out" || exit 9
+# PIPE: whoever reads what this script says has gone, which may be noticed before the hangup.
+trap hangup HUP TERM PIPE
+
+for word in $steps; do
+  step=${word%=*} count=${word#*=}
+  case $step in check | env)
+    say "begin $step"
+    "${step}_step"
+    continue
+    ;;
+  esac
+  for argument; do
+    parse "$argument"
+    say "begin $step graph=$graph"
+    case $step in
+      accuracy) answer "input_list_$graph.txt" ;;
+      loop) loop ;;
+      latency) timed --perf_profile burst --profiling_level basic --num_inferences "$count" ;;
+      profile) timed --perf_profile burst --profiling_level detailed --num_inferences "$count" ;;
+      sustained) timed --perf_profile sustained_high_performance --profiling_level basic --duration "$count" ;;
+      *) fail "no_step $step" ;;
+    esac
+  done
 done
 
 say "done"

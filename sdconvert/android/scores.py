@@ -1,6 +1,5 @@
 """What a bench makes of answers and times: figures per output, and statistics that keep the samples."""
 
-import csv
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import combinations
@@ -10,7 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from sdconvert.android.climate import throttled
 from sdconvert.android.manifest import GraphRecord, Manifest
+from sdconvert.android.timing import Timing
 from sdconvert.errors import DeviceError
 from sdconvert.metrics import cosine, max_abs, sqnr_db
 
@@ -33,23 +34,43 @@ def latency_figures(samples_ms: Sequence[float]) -> dict[str, Any]:
     }
 
 
-def read_profile(file: Path, message: str) -> list[float]:
-    """Return the times in milliseconds of all rows called `message` of a profile, as qnn-profile-viewer writes it.
+def timing_figures(timing: Timing, rounds: Sequence[int], clock: str) -> dict[str, Any]:
+    """Return what is told of one graph's time; what was taken while the device throttled is kept, and not averaged.
 
-    Raises:
-        DeviceError: It is no such file, or has no such row.
+    Args:
+        timing: All its rounds.
+        rounds: How many of the times each round has.
+        clock: What the times are.
     """
-    text = file.read_text(encoding="utf-8", errors="replace")
-    rows = list(csv.DictReader(text.splitlines()))
-    scale = {"US": 1e-3, "MS": 1.0}
-    found = [
-        float(row["Time"]) * scale[row["Unit of Measurement"]]
-        for row in rows
-        if message in (row.get("Event Identifier"), row.get("Message")) and row.get("Unit of Measurement") in scale
-    ]
-    if not found:
-        raise DeviceError(f"profile `{file.name}` has no time called `{message}`", hint="convert it as CSV")
-    return found
+    figures = latency_figures(timing.times_ms)
+    invalid = throttled(figures["p50_ms"], figures["p90_ms"], timing.climates)
+    if invalid:
+        figures = {key: figures[key] for key in ("n", "samples_ms")}
+    return {
+        "latency": {clock: {**figures, "rounds": list(rounds)}},
+        "invalid": invalid,
+        "first_run_ms": timing.first_ms,
+        "context_load_ms": timing.load_ms,
+        "counters": timing.counters,
+        "peak_kb": timing.peak_kb,
+        "climate": [[one.record() for one in pair] for pair in timing.climates],
+    }
+
+
+def sustained_figures(timing: Timing) -> dict[str, Any]:
+    """Return how a graph's time changed over a run without a pause: medians of its first and last tenth."""
+    times = np.asarray(timing.times_ms, dtype=np.float64)
+    tenth = max(1, len(times) // 10)
+    first, last = float(np.median(times[:tenth])), float(np.median(times[-tenth:]))
+    return {
+        "n": len(times),
+        "busy_s": float(times.sum() / 1e3),
+        "first_tenth_p50_ms": first,
+        "last_tenth_p50_ms": last,
+        "slowdown": last / first if first else math.nan,
+        "climate": [[one.record() for one in pair] for pair in timing.climates],
+        "samples_ms": timing.times_ms,
+    }
 
 
 def accuracy_figures(

@@ -12,13 +12,13 @@ class AndroidStage:
 
     name = "70-android"
     title = "write the bundle"
-    schema_version = 1
-    after = ("10-checkpoint", "50-export", "60-qnn")
+    schema_version = 2
+    after = ("10-checkpoint", "20-calibration", "50-export", "60-qnn")
     packages: tuple[str, ...] = ()
 
     def settings(self, recipe: Recipe) -> dict[str, Any]:
         """See `Stage.settings`."""
-        return {"name": recipe.name, "pipeline": {"num_inference_steps": recipe.pipeline.num_inference_steps}}
+        return {"name": recipe.name, "pipeline": recipe.pipeline.model_dump()}
 
     def inputs(self, recipe: Recipe) -> dict[str, Path]:
         """See `Stage.inputs`."""

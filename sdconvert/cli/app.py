@@ -14,10 +14,12 @@ from typer.main import get_command
 from sdconvert import __version__
 from sdconvert.cli import adapters, config, encodings, pipeline, plugins, quantize
 from sdconvert.cli.bench import bench
+from sdconvert.cli.compare import compare
 from sdconvert.cli.convert import STAGE_COMMANDS, convert, stage_command
 from sdconvert.cli.doctor import doctor
 from sdconvert.cli.inspect import inspect
 from sdconvert.cli.mha2sha import mha2sha
+from sdconvert.cli.plan import plan
 from sdconvert.cli.session import ProgressStyle, Session
 from sdconvert.errors import SdconvertError
 
@@ -32,12 +34,14 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command()(convert)
+app.command()(plan)
 for _name, (_to, _summary) in STAGE_COMMANDS.items():
     if _name == "quantize":
         app.add_typer(quantize.app, name=_name)
     else:
         app.command(_name, help=_summary)(stage_command(_to))
 app.command()(bench)
+app.command()(compare)
 app.command()(mha2sha)
 app.command()(inspect)
 app.add_typer(adapters.app, name="adapters")

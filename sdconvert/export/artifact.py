@@ -8,12 +8,14 @@ from pathlib import Path
 from sdconvert.adapters import Tensors
 from sdconvert.export.blocks import Block
 from sdconvert.export.io_manifest import GraphTensor
+from sdconvert.export.origin import Origin, key_of, origins
+from sdconvert.export.parts import Part
 from sdconvert.export.runner import OnnxRunner
 from sdconvert.io.files import read_json, write_json_atomic
 from sdconvert.io.tensors import flatten, load_tensors, save_tensors, unflatten
 from sdconvert.quantize.artifact import BoundaryTensor
 
-__all__ = ["Block", "ExportArtifact", "GraphTensor", "OnnxRunner"]
+__all__ = ["Block", "ExportArtifact", "GraphTensor", "OnnxRunner", "Origin", "Part", "key_of", "origins"]
 
 _PARTS = ("inputs", "fp32", "simulation")
 
@@ -25,7 +27,7 @@ class ExportArtifact:
     folder: Path
 
     def onnx(self, graph: str) -> Path:
-        """The Q/DQ graph."""
+        """The Q/DQ graph, or a part of one."""
         return self.folder / f"{graph}.onnx"
 
     def graph_bytes(self, graph: str) -> int:
@@ -37,8 +39,21 @@ class ExportArtifact:
         names: list[str] = list(json.loads((self.folder / "nodes.json").read_text(encoding="utf-8")))
         return names
 
+    def parts(self, graph: str) -> list[Part]:
+        """The parts that a graph is compiled in, in execution order; none where it is compiled whole."""
+        path = self.folder / f"{graph}.parts.json"
+        return [Part(**one | {"blocks": tuple(one["blocks"])}) for one in read_json(path)] if path.is_file() else []
+
+    def write_parts(self, graph: str, parts: Sequence[Part]) -> None:
+        """Keep what `parts` returns."""
+        write_json_atomic([asdict(part) for part in parts], self.folder / f"{graph}.parts.json")
+
+    def compiled_graphs(self) -> list[str]:
+        """Names of what gets a context of its own: the graphs, and in place of those that are split their parts."""
+        return [name for graph in self.graphs() for name in ([part.name for part in self.parts(graph)] or [graph])]
+
     def answers(self, graph: str) -> list[tuple[Tensors, Tensors, Tensors]]:
-        """Held-out inputs of a graph, with fp32's and the simulation's outputs."""
+        """Held-out inputs of a graph or of a part, with fp32's and the simulation's outputs."""
         flat = unflatten(load_tensors(self.folder / f"{graph}.answers.safetensors"))
         return [(_below(one, "inputs/"), _below(one, "fp32/"), _below(one, "simulation/")) for one in flat]
 

@@ -3,9 +3,9 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from onnx import ModelProto, NodeProto
+from onnx import ModelProto
 
-from sdconvert.export.marked import TENSOR_KEY
+from sdconvert.export.origin import key_of
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class _Cutter:
     def __init__(self, model: ModelProto, paths: Sequence[str]) -> None:
         self._producers = {name: node for node in model.graph.node for name in node.output}
         self._inputs = {value.name for value in model.graph.input}
-        self._keys = {node.output[0]: _key(node) for node in model.graph.node if _key(node)}
+        self._keys = {node.output[0]: key_of(node) for node in model.graph.node if key_of(node)}
         self.blocks: dict[str, str] = {}
         outputs = {value.name for value in model.graph.output}
         for tensor, key in self._keys.items():
@@ -89,10 +89,6 @@ class _Cutter:
                 yield name
             elif name in self._producers:
                 waiting += self._producers[name].input
-
-
-def _key(node: NodeProto) -> str:
-    return next((entry.value for entry in node.metadata_props if entry.key == TENSOR_KEY), "")
 
 
 def _block(module: str, paths: Sequence[str]) -> str:

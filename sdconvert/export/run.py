@@ -1,7 +1,7 @@
 """The work of `50-export`: ONNX files, and three answers to every held-out input."""
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,12 @@ from sdconvert.artifacts import RunFolder
 from sdconvert.calibration.artifact import CalibrationArtifact
 from sdconvert.checkpoint.artifact import CheckpointArtifact
 from sdconvert.config import Recipe
-from sdconvert.export.artifact import ExportArtifact
+from sdconvert.export.artifact import ExportArtifact, Part
 from sdconvert.export.blocks import cut_into_blocks
 from sdconvert.export.compiler_graph import graph_for_compiler
 from sdconvert.export.float_graph import to_float_onnx
 from sdconvert.export.io_manifest import describe_io
+from sdconvert.export.parts import cut_into_parts, part_answers
 from sdconvert.io.encodings import write_encodings
 from sdconvert.io.files import write_json_atomic
 from sdconvert.metrics import worst_sqnr_db
@@ -71,6 +72,9 @@ def export_graph(recipe: Recipe, folder: RunFolder, out: Path, graph: str) -> tu
     blocks = cut_into_blocks(model, adapter.block_paths())
     leaving = dict.fromkeys(key for block in blocks for key in block.outputs)
     artifact.write_blocks(graph, blocks, simulation.boundary_tensors(inputs[0], leaving))
+    if graph in settings.split:
+        parts = cut_into_parts(model, graph, blocks, settings.split[graph])
+        _write_parts(artifact, graph, parts, simulation, inputs)
     _save(model, artifact.onnx(graph))
     run_onnx = artifact.runner(graph)
     results = [run_onnx(one) for one in inputs]
@@ -79,6 +83,24 @@ def export_graph(recipe: Recipe, folder: RunFolder, out: Path, graph: str) -> tu
         for what, references in (("simulation", simulated), ("fp32", fp32))
     }
     return metrics, dict(Counter(node.op_type for node in model.graph.node))
+
+
+def _write_parts(
+    artifact: ExportArtifact,
+    graph: str,
+    parts: Sequence[tuple[Part, ModelProto]],
+    simulation: Simulation,
+    inputs: Sequence[Tensors],
+) -> None:
+    """Write the parts as graphs of their own, with what each is to answer."""
+    leaving = [key for part, _ in parts for key in part.outputs.values()]
+    boundaries = [simulation.boundary_tensors(one, leaving) for one in inputs]
+    for part, model in parts:
+        artifact.write_io(part.name, describe_io(model, part.name))
+        pairs = zip(inputs, boundaries, strict=True)
+        artifact.write_answers(part.name, [part_answers(part, one, tensors) for one, tensors in pairs])
+        _save(model, artifact.onnx(part.name))
+    artifact.write_parts(graph, [part for part, _ in parts])
 
 
 def _write_float_graph(simulation: Simulation, example: Tensors, opset: int, stem: Path) -> None:

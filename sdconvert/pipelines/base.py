@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from sdconvert.errors import MissingModelError, UnitError
-from sdconvert.pipelines.loop import Callback, DenoisingLoop, Side, accepted
+from sdconvert.pipelines.loop import Callback, DenoisingLoop, Each, Side, accepted
 from sdconvert.pipelines.model_config import ModelConfig
 from sdconvert.pipelines.residency import ModelResidency
 from sdconvert.pipelines.unit import Inputs, PipelineUnit, PipelineUnitRunner, given_keys
@@ -60,6 +60,8 @@ class BasePipeline:
     model_fn: Callable[..., Tensor]
     residency: ModelResidency | None = None
     """Keeps in memory only what a unit calls; see `manage_models`. None: every model stays where it is."""
+    each: Each = map
+    """How models are called for the tiles of a picture and the sides of guidance: one after the other."""
 
     def __init__(self, device: str | torch.device = "cpu", torch_dtype: torch.dtype = torch.float32) -> None:
         self.device = torch.device(device)
@@ -261,14 +263,15 @@ class BasePipeline:
         models = {name: getattr(self, name) for name in self.in_iteration_models}
 
         def predict(side: Side, inputs: Inputs) -> Tensor:
-            offered = dict(**models, **inputs_shared, **inputs, **iteration, side=side)
+            offered = dict(**models, **inputs_shared, **inputs, **iteration, side=side, each=self.each)
             return self.model_fn(**accepted(self.model_fn, offered))
 
-        positive = predict("positive", inputs_posi)
-        if inputs_shared["cfg_scale"] == 1.0:
-            return positive
-        negative = predict("negative", inputs_nega)
         scale: float = inputs_shared["cfg_scale"]
+        sides: list[tuple[Side, Inputs]] = [("positive", inputs_posi), ("negative", inputs_nega)]
+        positive, *guidance = self.each(lambda one: predict(*one), sides[: 1 if scale == 1.0 else 2])
+        if not guidance:
+            return positive
+        negative = guidance[0]
         return negative + scale * (positive - negative)
 
     def step(

@@ -160,6 +160,6 @@ class Decoder(PipelineUnit):
                 observer.record("vae_decoder", {"latent_sample": tile}, step=step, side="positive", tile=index)
             return pipe.vae_decoder(tile)
 
-        decoded = grid.blend(map(decode, range(len(grid.corners))), scale=pipe.vae_scale_factor)
+        decoded = grid.blend(pipe.each(decode, range(len(grid.corners))), scale=pipe.vae_scale_factor)
         height, width = sampling_shape.requested
         return {"decoded_image": (decoded / 2 + 0.5).clamp(0.0, 1.0)[..., :height, :width]}

@@ -1,8 +1,8 @@
 """The sampling loop as a unit: it reads what the model function names, and writes the latents."""
 
 import inspect
-from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
 from torch import Tensor
 
@@ -14,9 +14,19 @@ if TYPE_CHECKING:
 
 Side = Literal["positive", "negative"]
 Callback = Callable[[int, Tensor, Tensor], None]
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
+
+
+class Each(Protocol):
+    """Answers of a function to items that do not depend on each other, in their order: `map`, or several at a time."""
+
+    def __call__(self, function: Callable[[_Item], _Result], items: Iterable[_Item], /) -> Iterable[_Result]:
+        """Return the answers."""
+
 
 # What the loop itself tells a model function, besides the models.
-_OF_THE_STEP = ("timestep", "progress_id", "side")
+_OF_THE_STEP = ("timestep", "progress_id", "side", "each")
 _OF_THE_LOOP = ("latents", "scheduler", "generator", "cfg_scale")
 
 

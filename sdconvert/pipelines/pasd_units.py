@@ -156,7 +156,7 @@ class LatentsInitializer(PipelineUnit):
                 observer.record("vae_encoder", {"sample": tile}, step=0, side="positive", tile=index)
             return pipe.vae_encoder(tile)
 
-        mean, log_variance = grid.blend(map(encode, range(len(grid.corners)))).chunk(2, dim=1)
+        mean, log_variance = grid.blend(pipe.each(encode, range(len(grid.corners)))).chunk(2, dim=1)
         # The bounds are those of diffusers' DiagonalGaussianDistribution.
         deviation = torch.exp(0.5 * log_variance.clamp(-30.0, 20.0))
         latents = (mean + deviation * posterior_noise) * pipe.scaling_factor

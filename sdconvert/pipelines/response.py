@@ -56,10 +56,10 @@ def noise_differences(
     differences: dict[str, list[Tensor]] = {"text": [], "control": []} if asked else {"control": []}
     for call in calls:
         grey = {"controlnet_cond": torch.full_like(call["controlnet_cond"], _GREY)}
-        whole = _noise(runners, call | {"encoder_hidden_states": embeds})
-        differences["control"].append(whole - _noise(runners, call | {"encoder_hidden_states": embeds} | grey))
+        whole = predicted_noise(runners, call | {"encoder_hidden_states": embeds})
+        differences["control"].append(whole - predicted_noise(runners, call | {"encoder_hidden_states": embeds} | grey))
         if asked:
-            differences["text"].append(whole - _noise(runners, call | {"encoder_hidden_states": empty}))
+            differences["text"].append(whole - predicted_noise(runners, call | {"encoder_hidden_states": empty}))
     return differences
 
 
@@ -83,8 +83,13 @@ def _compare(fp32: Tensor, found: Tensor) -> Response:
     )
 
 
-def _noise(runners: Mapping[str, GraphRunner], call: Tensors) -> Tensor:
-    """The UNet's output behind its ControlNet, from the inputs of the latter's graph."""
+def predicted_noise(runners: Mapping[str, GraphRunner], call: Tensors) -> Tensor:
+    """The UNet's output behind its ControlNet, from the inputs of the latter's graph.
+
+    Args:
+        runners: Of `controlnet` and `unet`: named inputs in, named outputs out.
+        call: Inputs of the ControlNet's graph.
+    """
     residuals = {}
     for name, tensor in runners["controlnet"](call).items():
         own = next(mark for mark in _HANDED_ON if name.startswith(mark))

@@ -8,7 +8,7 @@ from torch import Tensor
 from sdconvert.pipelines.base import Observer
 from sdconvert.pipelines.latent_diffusion import LatentDiffusionParts
 from sdconvert.pipelines.latent_units import ControlImagePreprocessor, InitialNoise, SizeChecker
-from sdconvert.pipelines.loop import Side
+from sdconvert.pipelines.loop import Each, Side
 from sdconvert.pipelines.prompt_units import PromptEmbedder
 from sdconvert.pipelines.shape import SamplingShape
 from sdconvert.pipelines.text_to_image import ControlledRequest, TextToImagePipeline
@@ -28,6 +28,7 @@ def model_fn_stable_diffusion(
     conditioning_scale: float = 1.0,
     added_cond_kwargs: Inputs | None = None,
     observer: Observer | None = None,
+    each: Each = map,
 ) -> Tensor:
     """Prediction (1, C, h, w) of one side at one step: ControlNet and UNet per tile, then the weighted mean.
 
@@ -44,6 +45,7 @@ def model_fn_stable_diffusion(
         conditioning_scale: Weight of the ControlNet's residuals.
         added_cond_kwargs: Further conditions of both models, such as SDXL's.
         observer: Sees every call.
+        each: Goes over the tiles.
     """
     grid = sampling_shape.grid
     observe = observing(observer, progress_id, side)
@@ -68,7 +70,7 @@ def model_fn_stable_diffusion(
         prediction: Tensor = unet(*sample.values(), **conditions, return_dict=False)[0]
         return prediction
 
-    return grid.blend(map(predict, range(len(grid.corners))))
+    return grid.blend(each(predict, range(len(grid.corners))))
 
 
 class StableDiffusionPipeline(TextToImagePipeline):

@@ -79,6 +79,14 @@ class QnnArtifact:
         files = sorted((self.folder / "pictures").glob("*.safetensors"))
         return {path.stem: load_tensors(path)["simulator"] for path in files}
 
+    def steps(self) -> dict[str, list[dict[str, Tensor]]]:
+        """The noise predicted in every step that fp32 took with a held-out tile: `fp32` and `simulator`, each (1, …).
+
+        By the tile's name; the steps follow the calibration stage's calls of the ControlNet for it.
+        """
+        files = sorted((self.folder / "steps").glob("*.safetensors"))
+        return {path.stem: unflatten(load_tensors(path)) for path in files}
+
     @cached_property
     def contexts(self) -> dict[tuple[str, str], Context]:
         """Every compiled context by graph and SoC name."""

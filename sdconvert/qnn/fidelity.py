@@ -4,8 +4,9 @@ Each block of a graph is cut out of the Q/DQ file, compiled, and run twice: on t
 block alone, and on what the blocks before it answered, which shows what has gathered until there.
 """
 
+import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from sdconvert.export.artifact import Block, ExportArtifact, OnnxRunner
 from sdconvert.metrics import worst_sqnr_db
 from sdconvert.qnn.context import FinalizationMode, compile_context
 from sdconvert.qnn.simulator import Simulator
+from sdconvert.qnn.worst_ops import OpLoss, worst_ops
 from sdconvert.soc import Soc
 
 
@@ -33,6 +35,7 @@ class BlockFidelity:
         cumulated_quantized_vs_fp32_db: All blocks up to this one, quantized against fp32.
         cumulated_simulator_vs_fp32_db: The same in the HTP simulator.
         cumulated_simulator_vs_quantized_db: The same in the HTP simulator against the quantized model.
+        worst_ops: Where the block alone loses it; only of the block that agrees least, and only if it misses its gate.
     """
 
     block: str
@@ -43,10 +46,16 @@ class BlockFidelity:
     cumulated_quantized_vs_fp32_db: float
     cumulated_simulator_vs_fp32_db: float
     cumulated_simulator_vs_quantized_db: float
+    worst_ops: tuple[OpLoss, ...] = ()
 
 
 def measure_blocks(
-    exported: ExportArtifact, graph: str, soc: Soc, folder: Path, finalization_mode: FinalizationMode = 3
+    exported: ExportArtifact,
+    graph: str,
+    soc: Soc,
+    folder: Path,
+    gate: float = -math.inf,
+    finalization_mode: FinalizationMode = 3,
 ) -> list[dict[str, Any]]:
     """Compile and run every block of a graph for a SoC; a task of its own process.
 
@@ -55,6 +64,7 @@ def measure_blocks(
         graph: Its name.
         soc: Target.
         folder: For files of the blocks, which stay.
+        gate: SQNR in dB of the HTP against the quantized model; of a block that misses it the worst ops are looked for.
         finalization_mode: As `compile_context`.
 
     Returns:
@@ -79,8 +89,20 @@ def measure_blocks(
         alone = _run(simulator, block, entering | tensors["simulated"])
         chained |= _run(simulator, block, chained)
         runtime = _run(OnnxRunner(path), block, entering | tensors["simulated"])
-        found.append(asdict(_compare(block, tensors, alone, chained, runtime)))
-    return found
+        found.append(_compare(block, tensors, alone, chained, runtime))
+    place = min(range(len(found)), key=lambda index: _order(found[index].simulator_vs_quantized_db))
+    if not found[place].simulator_vs_quantized_db >= gate:
+        block = exported.blocks(graph)[place]
+        part = extractor.extract_model(list(block.inputs.values()), list(block.outputs.values()))
+        named = {name: (entering | tensors["simulated"])[key] for key, name in block.inputs.items()}
+        ops = worst_ops(part, named, folder, soc, finalization_mode=finalization_mode)
+        found[place] = replace(found[place], worst_ops=tuple(ops))
+    return [asdict(one) for one in found]
+
+
+def _order(level: float) -> float:
+    """NaN is less than all."""
+    return -math.inf if math.isnan(level) else level
 
 
 def _run(runner: Simulator | OnnxRunner, block: Block, tensors: Mapping[str, Any]) -> Tensors:

@@ -5,6 +5,7 @@ ONNX Runtime's exception says only that nodes are "assigned to the default CPU E
 
 import re
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 
 from sdconvert.errors import CompileError, SdconvertError
@@ -12,6 +13,8 @@ from sdconvert.io.files import disk_full
 from sdconvert.soc import Soc
 
 _REFUSED = re.compile(r"\{ name: (?P<name>.*?), type: (?P<type>\w+) \}")
+# ONNX Runtime names a node anew when it turns it to channels last.
+_RENAMED = re.compile(r"_token_\d+$")
 _REASONS = re.compile(
     r"(?:QNN SetupBackend failed .*|.*Failed to (?:finalize|compose|create context).*|.*QNN_[A-Z_]*ERROR.*)"
 )
@@ -42,23 +45,35 @@ def explain_refusal(status: int, log: Path, onnx: Path, soc: Soc) -> SdconvertEr
     if "Failed to write context cache file" in text:
         return disk_full(log.parent)
     # The list is logged once per partitioning pass, so every node is there more than once.
-    refused = dict.fromkeys((match["type"], match["name"]) for match in _REFUSED.finditer(text))
+    names = ((match["type"], _RENAMED.sub("", match["name"])) for match in _REFUSED.finditer(text))
+    refused = dict.fromkeys(names)
     operators = [node for node in refused if node[0] not in _WRAPPERS] or list(refused)
     if operators:
-        return CompileError(f"{soc.name} refuses {_named(operators)} of `{onnx.name}`", hint=_hint(operators, log))
+        from sdconvert.export.artifact import origins
+
+        places = {name: str(origin) for name, origin in origins(onnx, [name for _, name in operators]).items()}
+        message = f"{soc.name} refuses {_named(operators, places)} in `{onnx.name}`"
+        return CompileError(message, hint=_hint(operators, places, log))
     reasons = list(dict.fromkeys(line.split("] ")[-1].strip() for line in _REASONS.findall(text)))
     reason = reasons[0] if reasons else next((x for x in reversed(text.splitlines()) if x.strip()), "no message")
     return CompileError(f"the compiler failed on `{onnx.name}` for {soc.name}: {reason}", hint=f"the log is {log}")
 
 
-def _named(nodes: list[tuple[str, str]]) -> str:
-    shown = ", ".join(f"{kind} `{name}`" if name else kind for kind, name in nodes[:_NAMED_AT_MOST])
+def _named(nodes: list[tuple[str, str]], places: Mapping[str, str]) -> str:
+    shown = ", ".join(
+        " ".join(filter(None, [kind, f"`{name}`" if name else "", places.get(name)]))
+        for kind, name in nodes[:_NAMED_AT_MOST]
+    )
     rest = Counter(kind for kind, _ in nodes[_NAMED_AT_MOST:])
     more = "".join(f", {count} more {kind}" for kind, count in rest.items())
     return f"{len(nodes)} {'node' if len(nodes) == 1 else 'nodes'} ({shown}{more})"
 
 
-def _hint(nodes: list[tuple[str, str]], log: Path) -> str:
+def _hint(nodes: list[tuple[str, str]], places: Mapping[str, str], log: Path) -> str:
     hints = [_HINTS[kind] for kind in dict.fromkeys(kind for kind, _ in nodes) if kind in _HINTS]
-    advice = "; ".join(hints) or "express the operation with ops that HTP takes, or leave it outside of the graph"
-    return f"{advice}; the log is {log}"
+    for kind, name in nodes:
+        if kind not in _HINTS:
+            where = f" {places[name]}" if name in places else ""
+            hints.append(f"compute the {kind}{where} with ops that HTP takes, or leave it outside of the graph")
+            break
+    return f"{'; '.join(hints)}; the log is {log}"

@@ -1,6 +1,5 @@
 """The work of `60-qnn`: contexts, scores and simulated pictures."""
 
-import math
 import shutil
 from collections import Counter, defaultdict
 from itertools import product
@@ -13,8 +12,9 @@ from sdconvert.processes import Task, in_processes, in_threads, jobs_for
 from sdconvert.qnn.artifact import QnnArtifact, simulated_path
 from sdconvert.qnn.context import Context, compile_context
 from sdconvert.qnn.fidelity import measure_blocks
+from sdconvert.qnn.gates import BLOCK_MEASURE, MEASURES, gate_of, missed_gates, worst_block, worst_ratio
 from sdconvert.qnn.io_check import require_io
-from sdconvert.qnn.simulate import Road, simulate_answers, simulate_picture, simulate_response
+from sdconvert.qnn.simulate import Road, simulate_answers, simulate_picture, simulate_response, simulate_steps
 from sdconvert.soc import find_soc
 from sdconvert.stages import StageContext
 
@@ -38,7 +38,7 @@ def _compile(context: StageContext) -> list[Context]:
     """Compile every graph for every SoC, SoC by SoC."""
     exported = ExportArtifact(context.run.stage_folder("50-export"))
     socs = [find_soc(name) for name in dict.fromkeys(context.recipe.qnn.socs)]
-    graphs = exported.graphs()
+    graphs = exported.compiled_graphs()
     mode, dlc = context.recipe.qnn.finalization_mode, "dlc" in context.recipe.export.targets
 
     def compile_one(graph: str, soc: Any) -> Context:
@@ -61,7 +61,8 @@ def _simulate(context: StageContext, contexts: list[Context]) -> dict[str, Any]:
     by_soc: defaultdict[str, dict[str, Any]] = defaultdict(dict)
     for one in contexts:
         by_soc[one.soc.name][one.graph] = one.ctx_onnx
-    (context.out / "pictures").mkdir()
+    for folder in ("pictures", "steps"):
+        (context.out / folder).mkdir()
     tasks = _tasks(context, {soc: Road(context.recipe, context.run, paths) for soc, paths in by_soc.items()})
     keys, found = list(tasks), dict[tuple[str, ...], Any]()
     context.report.step(0, len(tasks), "simulate graphs, blocks and pictures")
@@ -82,18 +83,21 @@ def _tasks(context: StageContext, roads: dict[str, Road]) -> dict[tuple[str, ...
     tasks: dict[tuple[str, ...], Task] = {}
     for graph, soc in product(dict.fromkeys(qnn.fidelity), roads):
         folder = context.out / _BLOCKS / soc / graph
+        gate = gate_of(context.recipe.gates, BLOCK_MEASURE, soc)
         tasks["fidelity", graph, soc] = (
             measure_blocks,
-            (exported, graph, find_soc(soc), folder, qnn.finalization_mode),
+            (exported, graph, find_soc(soc), folder, gate, qnn.finalization_mode),
         )
     for name in data.pictures():
         if name.endswith(TILE):
-            target = context.out / "pictures" / f"{name}.safetensors"
-            tasks["pictures", name] = (simulate_picture, (first, name, target))
+            tasks["pictures", name] = (simulate_picture, (first, name, context.out / f"pictures/{name}.safetensors"))
+    # One picture's steps say what each step loses; they take as long as two pictures.
+    for name in [name for kind, name, *_ in tasks if kind == "pictures"][:1]:
+        tasks["steps", name] = (simulate_steps, (first, name, context.out / f"steps/{name}.safetensors"))
     for call in range(len(data.held_out("controlnet"))):
         tasks["responses", str(call)] = (simulate_response, (first, call))
     for soc, road in roads.items():
-        for name in road.contexts:
+        for name in road.graphs():
             tasks["graphs", name, soc] = (simulate_answers, (road, name, context.out / simulated_path(name, soc)))
     return tasks
 
@@ -110,7 +114,8 @@ def _arrange(keys: list[tuple[str, ...]], found: dict[tuple[str, ...], Any]) -> 
     """Results by kind, in the order in which they were asked for."""
     graphs: defaultdict[str, dict[str, Any]] = defaultdict(dict)
     fidelity: defaultdict[str, dict[str, Any]] = defaultdict(dict)
-    pictures, responses = dict[str, Any](), defaultdict[str, list[dict[str, float]]](list)
+    pictures, steps = dict[str, Any](), dict[str, Any]()
+    responses = defaultdict[str, list[dict[str, float]]](list)
     for key in keys:
         match key:
             case ("graphs", graph, soc):
@@ -119,6 +124,8 @@ def _arrange(keys: list[tuple[str, ...]], found: dict[tuple[str, ...], Any]) -> 
                 fidelity[graph][soc] = found[key]
             case ("pictures", name):
                 pictures[name] = found[key]
+            case ("steps", name):
+                steps[name] = found[key]
             case _:
                 for kind, calls in found[key].items():
                     responses[kind] += calls
@@ -126,49 +133,34 @@ def _arrange(keys: list[tuple[str, ...]], found: dict[tuple[str, ...], Any]) -> 
         "graphs": dict(graphs),
         "fidelity": dict(fidelity),
         "pictures": pictures,
+        "steps": steps,
         "responses": dict(responses),
     }
 
 
-def _deviation(ratio: float) -> float:
-    return math.inf if math.isnan(ratio) else abs(ratio - 1)
-
-
 def _metrics(recipe: Recipe, found: dict[str, Any], contexts: list[Context]) -> dict[str, Any]:
-    figures, pictures, responses = found["graphs"], found["pictures"], found["responses"]
-    worst: dict[str, float] = {}
-    missed = []
-    for measure, gate in (
-        ("simulator_vs_fp32_db", recipe.gates.simulator_vs_fp32_db),
-        ("simulator_vs_quantized_db", recipe.gates.simulator_vs_quantized_db),
-    ):
-        for graph, by_soc in figures.items():
-            for soc, scores in by_soc.items():
-                worst[f"{graph}_{soc}_{measure}"] = scores[measure]
-                if not scores[measure] >= gate:
-                    missed.append(f"{graph} on {soc}: {measure} {scores[measure]:.1f} dB, gate {gate:.1f}")
-    blocks, gate = {}, recipe.gates.block_simulator_vs_quantized_db
-    for graph, by_soc in found["fidelity"].items():
-        for soc, rows in by_soc.items():
-            worst_block = min(rows, key=lambda row: row["simulator_vs_quantized_db"])
-            blocks[f"{graph}_{soc}_worst_block_db"] = level = worst_block["simulator_vs_quantized_db"]
-            if not level >= gate:
-                missed.append(f"{graph} on {soc}: block {worst_block['block']} {level:.1f} dB, gate {gate:.1f}")
-    strength: dict[str, float] = {}
-    for kind, calls in responses.items():
-        ratios = [call["ratio"] for call in calls]
-        strength[f"{kind}_response_ratio"] = ratio = max(ratios, key=_deviation)
-        if _deviation(ratio) > recipe.gates.response_tolerance:
-            missed.append(
-                f"the answer to the {kind} is {ratio:.3f} times fp32's, gate 1 ± {recipe.gates.response_tolerance:g}"
-            )
+    worst = {
+        f"{graph}_{soc}_{measure}": scores[measure]
+        for measure in MEASURES
+        for graph, by_soc in found["graphs"].items()
+        for soc, scores in by_soc.items()
+    }
+    blocks = {
+        f"{graph}_{soc}_worst_block_db": worst_block(rows)[1]
+        for graph, by_soc in found["fidelity"].items()
+        for soc, rows in by_soc.items()
+    }
     lowest = min(value for key, value in worst.items() if key.endswith("vs_fp32_db"))
+    pictures = {
+        f"{name}_simulator_vs_fp32_psnr_db": score["simulator_vs_fp32_psnr_db"]
+        for name, score in found["pictures"].items()
+    }
     return {
         **worst,
         **blocks,
-        **strength,
-        **{f"{name}_simulator_vs_fp32_psnr_db": score["simulator_vs_fp32_psnr_db"] for name, score in pictures.items()},
+        **{f"{kind}_response_ratio": worst_ratio(calls) for kind, calls in found["responses"].items()},
+        **pictures,
         "cpu_nodes": sum(one.cpu_nodes for one in contexts),
-        "missed_gates": missed,
+        "missed_gates": missed_gates(recipe.gates, found),
         "note": f"{len(contexts)} contexts, 0 nodes on the CPU, simulator vs fp32 ≥ {lowest:.1f} dB",
     }

@@ -5,7 +5,7 @@ On a host without an NPU the backend compiles for any SoC and executes in Qualco
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -29,6 +29,11 @@ def _devices() -> list[Any]:
         ) from error
     onnxruntime.register_execution_provider_library(_PROVIDER, onnxruntime_qnn.get_library_path())
     return [device for device in onnxruntime.get_ep_devices() if device.ep_name == _PROVIDER]
+
+
+def has_npu() -> bool:
+    """Tell whether ONNX Runtime finds an NPU on this computer; without one the backend is the simulator, or nothing."""
+    return any(device.device.type.name == "NPU" for device in _devices())
 
 
 def compiling_session(onnx: Path, ctx_onnx: Path, soc_model: int, finalization_mode: int, graphs: Path) -> Any:
@@ -63,8 +68,12 @@ def dlc_session(onnx: Path, soc_model: int, folder: Path) -> Any:
     return _session(onnx, {}, provider)
 
 
-def context_session(ctx_onnx: Path) -> Any:
+def context_session(ctx_onnx: Path, provider: Mapping[str, str] | None = None) -> Any:
     """Load a compiled context for execution; on a host without an NPU that is the simulator.
+
+    Args:
+        ctx_onnx: The EPContext model.
+        provider: Further options of the backend, such as a profile to be written.
 
     Raises:
         CompileError: Its binary is missing or truncated.
@@ -73,7 +82,7 @@ def context_session(ctx_onnx: Path) -> Any:
 
     try:
         with _native_stdout_nowhere():
-            return _session(ctx_onnx, {}, {}, severity=_FATAL_ONLY)
+            return _session(ctx_onnx, {}, dict(provider or {}), severity=_FATAL_ONLY)
     except InvalidGraph as error:
         message = f"the context of `{ctx_onnx}` cannot be loaded: {error}"
         raise CompileError(message, hint="its .bin is missing or truncated: compile it again") from error

@@ -15,11 +15,12 @@ from sdconvert.checkpoint.artifact import CheckpointArtifact
 from sdconvert.config import Recipe
 from sdconvert.export.artifact import ExportArtifact
 from sdconvert.io.tensors import flatten, save_tensors
-from sdconvert.metrics import psnr_db, worst_sqnr_db
-from sdconvert.pipelines.backend import graph_adapters, swap_backends
+from sdconvert.metrics import psnr_db, sqnr_db, worst_sqnr_db
+from sdconvert.pipelines.backend import GraphRunner, graph_adapters, swap_backends
 from sdconvert.pipelines.prompt_units import tokenize
-from sdconvert.pipelines.response import compare_responses, noise_differences
+from sdconvert.pipelines.response import compare_responses, noise_differences, predicted_noise
 from sdconvert.pipelines.sampling import sampling_arguments
+from sdconvert.qnn.chain import Chain, Runner
 from sdconvert.qnn.io_check import require_answers_differ
 from sdconvert.qnn.simulator import Simulator
 
@@ -31,7 +32,15 @@ class Road:
     recipe: Recipe
     run: RunFolder
     contexts: Mapping[str, Path]
-    """EPContext model of every graph, all for one SoC."""
+    """EPContext model of every graph, or of its parts, all for one SoC."""
+
+    def exported(self) -> ExportArtifact:
+        """What the export stage left."""
+        return ExportArtifact(self.run.stage_folder("50-export"))
+
+    def graphs(self) -> list[str]:
+        """Names of the graphs that a pipeline calls, and of the parts of those that are split."""
+        return list(dict.fromkeys([*self.exported().graphs(), *self.contexts]))
 
     def data(self) -> CalibrationArtifact:
         """What calibration left."""
@@ -41,15 +50,22 @@ class Road:
         """The checkpoint in fp32."""
         return CheckpointArtifact(self.run.stage_folder("10-checkpoint")).pipeline()
 
-    def simulators(self, *graphs: str) -> dict[str, Simulator]:
-        """The named graphs in the simulator; all if none is named."""
-        return {graph: Simulator(self.contexts[graph]) for graph in graphs or self.contexts}
+    def simulators(self, *graphs: str) -> dict[str, Runner]:
+        """The named graphs or parts in the simulator; all graphs if none is named."""
+        return {graph: self._simulator(graph) for graph in graphs or self.exported().graphs()}
+
+    def _simulator(self, graph: str) -> Runner:
+        parts = self.exported().parts(graph)
+        if not parts:
+            return Simulator(self.contexts[graph])
+        outputs = [tensor.name for tensor in self.exported().io(graph) if tensor.kind == "output"]
+        return Chain(parts, {part.name: Simulator(self.contexts[part.name]) for part in parts}, outputs)
 
 
 def simulate_answers(road: Road, graph: str, target: Path) -> dict[str, Any]:
     """Run a graph on its held-out inputs, keep what it answers, and compare that with fp32 and the quantized model."""
     (simulator,) = road.simulators(graph).values()
-    answers = ExportArtifact(road.run.stage_folder("50-export")).answers(graph)
+    answers = road.exported().answers(graph)
     simulated = [simulator(inputs) for inputs, *_ in answers]
     require_answers_differ(graph, [inputs for inputs, *_ in answers], simulated)
     save_tensors(flatten(simulated), target)
@@ -63,6 +79,23 @@ def simulate_picture(road: Road, name: str, target: Path) -> dict[str, float]:
     picture = pipe(pictures["low_resolution"], **sampling_arguments(road.recipe))
     save_tensors({"simulator": picture}, target)
     return {"simulator_vs_fp32_psnr_db": psnr_db(pictures["fp32"], picture, data_range=1.0)}
+
+
+def simulate_steps(road: Road, name: str, target: Path) -> dict[str, list[float]]:
+    """Predict the noise of every step that fp32 took with a held-out tile, and keep it beside what fp32 predicts.
+
+    Each step begins where the step of fp32 began, and with its text: the error is that of one ControlNet and one UNet.
+    """
+    fp32, simulators = road.pipeline(), road.simulators("controlnet", "unet")
+    adapters = graph_adapters(fp32, road.recipe.pipeline.conditioning_scale)
+    runners: dict[str, Mapping[str, GraphRunner]] = {
+        "fp32": {graph: adapters[graph].run for graph in simulators},
+        "simulator": simulators,
+    }
+    calls = [inputs for info, inputs in road.data().evaluation("controlnet").samples() if info.picture == name]
+    steps = [{kind: predicted_noise(those, call) for kind, those in runners.items()} for call in calls]
+    save_tensors(flatten(steps), target)
+    return {"simulator_vs_fp32_db": [sqnr_db(step["fp32"], step["simulator"]) for step in steps]}
 
 
 def simulate_response(road: Road, call: int) -> dict[str, list[dict[str, float]]]:

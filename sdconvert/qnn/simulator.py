@@ -18,16 +18,17 @@ class Simulator:
 
     Args:
         ctx_onnx: The EPContext model; its `.bin` lies beside it.
+        provider: Further options of the backend.
 
     Raises:
         UsageError: The EPContext model is missing.
         CompileError: Its binary is missing or truncated.
     """
 
-    def __init__(self, ctx_onnx: Path) -> None:
+    def __init__(self, ctx_onnx: Path, provider: Mapping[str, str] | None = None) -> None:
         if not ctx_onnx.is_file():
             raise UsageError(f"no EPContext model at `{ctx_onnx}`", hint="compile the graph first")
-        self._session = context_session(ctx_onnx)
+        self._session = context_session(ctx_onnx, provider)
         self._inputs = {value.name: tuple(value.shape) for value in self._session.get_inputs()}
         self._outputs = [value.name for value in self._session.get_outputs()]
         self.seconds = 0.0

@@ -8,11 +8,11 @@ from sdconvert.stages import StageContext
 
 
 class QnnStage:
-    """`60-qnn`: `<soc>/<graph>_qnn.bin`, `pictures/`, and the figures of the simulator in `qnn.json`."""
+    """`60-qnn`: `<soc>/<graph>_qnn.bin`, `pictures/`, `steps/`, and the figures of the simulator in `qnn.json`."""
 
     name = "60-qnn"
     title = "compile for HTP, simulate"
-    schema_version = 1
+    schema_version = 2
     after = ("10-checkpoint", "20-calibration", "50-export")
     packages = ("onnxruntime", "onnxruntime-qnn", "torch", "diffusers")
 

@@ -2,6 +2,7 @@
 
 import re
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,11 @@ from sdconvert.io.files import read_json
 from sdconvert.mha2sha.artifact import Mha2ShaArtifact
 from sdconvert.qnn.artifact import QnnArtifact
 from sdconvert.quantize.artifact import QuantizeArtifact, size_against_quality
+from sdconvert.report.bench import bench_figures
 from sdconvert.report.pictures import measure_pictures
+from sdconvert.soc import find_soc
+
+_PER_SOC = ("simulator_vs_fp32_db", "simulator_vs_quantized_db", "block_simulator_vs_quantized_db")
 
 
 def collect_figures(
@@ -38,13 +43,16 @@ def collect_figures(
 
     Raises:
         PreconditionError: A stage has not finished.
+        UsageError: The recipe names a bench that is none of this run.
     """
     manifests = {stage: _manifest(run, stage) for stage in stages}
     qnn = QnnArtifact(run.stage_folder("60-qnn"))
     graphs = ExportArtifact(run.stage_folder("50-export")).graphs()
     quantized = QuantizeArtifact(run.stage_folder("30-quantize"))
+    android = AndroidArtifact(run.stage_folder("70-android"))
     accuracy = {graph: _accuracy(graph, manifests, qnn) for graph in graphs}
     measured = {name: measure_pictures(every) for name, every in pictures.items()}
+    socs = list(dict.fromkeys(soc for _, soc in qnn.contexts))
     gates = _gates(recipe.gates, accuracy, measured, qnn.figures)
     missed = [text for manifest in manifests.values() for text in manifest.metrics.get("missed_gates", [])]
     return {
@@ -52,9 +60,10 @@ def collect_figures(
         "recipe": recipe.name,
         "date": time.strftime("%Y-%m-%d %H:%M %Z"),
         "model": _model(manifests),
-        "socs": list(dict.fromkeys(soc for _, soc in qnn.contexts)),
+        "socs": socs,
         "verdict": {"passed": not missed and all(gate["passed"] for gate in gates), "missed": missed},
         "gates": gates,
+        "gate_of": {soc: {measure: _gate_of(recipe.gates, measure, soc) for measure in _PER_SOC} for soc in socs},
         "pictures": measured,
         "accuracy": accuracy,
         "fidelity": qnn.figures["fidelity"],
@@ -64,7 +73,8 @@ def collect_figures(
         "head_ranges": _head_ranges(Mha2ShaArtifact(run.stage_folder("40-mha2sha"))),
         "contexts": _contexts(qnn),
         "sizes": {graph: _sizes(graph, manifests) for graph in graphs},
-        "bundle": _bundle(AndroidArtifact(run.stage_folder("70-android"))),
+        "bundle": _bundle(android),
+        "bench": bench_figures(Path(recipe.report.bench), android) if recipe.report.bench else {},
         "nodes": read_json(run.stage_folder("50-export") / "nodes.json"),
         "stages": {stage: _effort(manifest) for stage, manifest in manifests.items()},
         "photographs": _photographs(manifests["20-calibration"].settings["calibration"], licences),
@@ -115,26 +125,25 @@ def _gates(
     pictures: Mapping[str, Mapping[str, Any]],
     simulated: Mapping[str, Any],
 ) -> list[dict[str, Any]]:
-    """One entry per gate: its figure is the worst of all that must reach it."""
-    values: dict[str, dict[str, float]] = {}
-    for figure in ("simulator_vs_fp32_db", "simulator_vs_quantized_db"):
-        values[figure] = {
-            f"{graph} on {soc}": scores[figure]
-            for graph, row in accuracy.items()
-            for soc, scores in row["simulator"].items()
-        }
-    if simulated["fidelity"]:
-        values["block_simulator_vs_quantized_db"] = {
-            f"{graph} on {soc}: {row['block']}": row["simulator_vs_quantized_db"]
-            for graph, by_soc in simulated["fidelity"].items()
-            for soc, rows in by_soc.items()
-            for row in rows
-        }
+    """One entry per gate: its figure is the worst of all that must reach it. A SoC has the gates of its generation."""
+    values: defaultdict[str, dict[str, float]] = defaultdict(dict)
+    for measure in _PER_SOC[:2]:
+        for graph, row in accuracy.items():
+            for soc, scores in row["simulator"].items():
+                values[_gate_of(gates, measure, soc)][f"{graph} on {soc}"] = scores[measure]
+    for graph, by_soc in simulated["fidelity"].items():
+        for soc, rows in by_soc.items():
+            blocks = {f"{graph} on {soc}: {row['block']}": row["simulator_vs_quantized_db"] for row in rows}
+            values[_gate_of(gates, _PER_SOC[2], soc)] |= blocks
     values["image_psnr_db"] = {name: row["quantized"]["psnr_vs_fp32_db"] for name, row in pictures.items()}
     levels = [_gate(name, getattr(gates, name), "dB", found, lambda level: level) for name, found in values.items()]
     responses = simulated["responses"].items()
     ratios = {f"{kind}, call {n}": one["ratio"] for kind, calls in responses for n, one in enumerate(calls, 1)}
     return [*levels, _gate("response_tolerance", gates.response_tolerance, "ratio", ratios, lambda one: -abs(one - 1))]
+
+
+def _gate_of(gates: GatesSection, measure: str, soc: str) -> str:
+    return gates.key_of(measure, find_soc(soc).arch)
 
 
 def _gate(

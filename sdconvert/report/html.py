@@ -13,10 +13,10 @@ from markupsafe import Markup
 from sdconvert.io.files import to_json
 from sdconvert.report.figures import worst_layers
 from sdconvert.report.pictures import LABELS
-from sdconvert.report.plot import plot_blocks, plot_layers, plot_sizes
+from sdconvert.report.plot import plot_blocks, plot_layers, plot_sizes, plot_times
 
 _WORST = 10
-_FORMATS = {"dB": "{:.1f} dB", "s": "{:,.1f} s", "ssim": "{:.3f}", "ratio": "{:.3f}"}
+_FORMATS = {"dB": "{:.1f} dB", "s": "{:,.1f} s", "ms": "{:,.2f} ms", "ssim": "{:.3f}", "ratio": "{:.3f}"}
 
 
 def render_html(figures: Mapping[str, Any], pictures: Mapping[str, Mapping[str, Path]]) -> str:
@@ -46,6 +46,11 @@ def render_html(figures: Mapping[str, Any], pictures: Mapping[str, Mapping[str, 
     }
     sizes = figures["size_quality"]
     size_plot = Markup(plot_sizes(sizes["points"], sizes["chosen"])) if sizes else None
+    time_plots = {
+        graph["name"]: Markup(plot_times(f"times-{graph['name']}", latency, bool(graph["invalid"])))
+        for graph in figures["bench"].get("graphs", ())
+        for latency in graph.get("latency", {}).values()
+    }
     template = environment.get_template("report.html.j2")
     return template.render(
         figures,
@@ -55,6 +60,7 @@ def render_html(figures: Mapping[str, Any], pictures: Mapping[str, Mapping[str, 
         plots=plots,
         block_plots=block_plots,
         size_plot=size_plot,
+        time_plots=time_plots,
     )
 
 
@@ -63,7 +69,7 @@ def show_number(value: float | None, unit: str = "") -> Markup:
 
     Args:
         value: Infinite for the SQNR of equal tensors.
-        unit: `dB`, `s`, `bytes`, `ssim` and `ratio` (three digits), or nothing.
+        unit: `dB`, `s`, `ms`, `bytes`, `ssim` and `ratio` (three digits), or nothing.
     """
     if value is None:
         return Markup("–")

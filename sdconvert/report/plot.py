@@ -91,6 +91,31 @@ def plot_sizes(points: Sequence[tuple[float, float]], chosen: tuple[float, float
     return _to_svg(figure, "sizes")
 
 
+def plot_times(name: str, latency: Mapping[str, Any], invalid: bool) -> str:
+    """Plot every time of a graph in the order in which they were taken; rounds are shaded in turns.
+
+    Args:
+        name: Keeps apart what the plots of one page name.
+        latency: `samples_ms` and `rounds`, how many of them each round has.
+        invalid: Whether the device throttled.
+
+    Returns:
+        An `<svg>` element, as `plot_layers`.
+    """
+    figure, axes = _blank()
+    times, last = latency["samples_ms"], 0
+    for index, count in enumerate(latency["rounds"]):
+        if index % 2:
+            axes.axvspan(last + 0.5, last + count + 0.5, color=_COLOURS["band"], linewidth=0)
+        last += count
+    axes.scatter(range(1, len(times) + 1), times, s=9, linewidths=0, color=_COLOURS["bad" if invalid else "dot"])
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("inference", color=_COLOURS["muted"])
+    axes.set_ylabel("time (ms)", color=_COLOURS["muted"])
+    _rule(axes, "y")
+    return _to_svg(figure, name)
+
+
 def _blank() -> tuple[Figure, Axes]:
     """A wide figure without a ground of its own."""
     figure = Figure(figsize=(12, 3.2), layout="constrained")

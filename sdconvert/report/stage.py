@@ -35,8 +35,11 @@ class ReportStage:
 
     def inputs(self, recipe: Recipe) -> dict[str, Path]:
         """See `Stage.inputs`."""
-        measured = recipe.report.sensitivity
-        return {"licences of the photographs": _licences()} | ({"sensitivity": Path(measured)} if measured else {})
+        given = {"sensitivity": recipe.report.sensitivity, "bench": recipe.report.bench}
+        return {
+            "licences of the photographs": _licences(),
+            **{name: Path(file) for name, file in given.items() if file is not None},
+        }
 
     def run(self, context: StageContext) -> dict[str, Any]:
         """See `Stage.run`."""

@@ -10,7 +10,7 @@ import re
 import shutil
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -35,6 +35,36 @@ THERMAL = (
     "\tTemperature{mValue=31.9, mType=3, mName=skin, mStatus=0}\n"
     "\tTemperature{mValue=41.5, mType=9, mName=nsp0, mStatus=0}\n"
 )
+# Options of the real runner, one after the other; answers are named after the only output of the test's graph.
+_SCRIPTED = """
+[ "$1" != --version ] || exit 0
+while [ "$1" ]; do
+  case $1 in
+    --output_dir) out=$2 ;;
+    --input_list) list=$2 ;;
+    --profiling_level) profile=1 ;;
+    --num_inferences) count=$2 ;;
+  esac
+  shift
+done
+if [ "$profile" ]; then
+  [ -f "$RIG/hot" ] && cp "$RIG/hot" "$RIG/dumpsys-thermalservice"
+  cat "$RIG/profile-head" >"$out/qnn-profiling-data_0.log"
+  i=0
+  while [ "$i" -lt "$count" ]; do
+    while read -r row && [ "$i" -lt "$count" ]; do
+      echo "$row"
+      i=$((i + 1))
+    done <"$RIG/profile-rows"
+  done >>"$out/qnn-profiling-data_0.log"
+  exit 0
+fi
+i=0
+while read -r line; do
+  mkdir -p "$out/Result_$i" && cp "$RIG/answer-$i" "$out/Result_$i/out_sample.raw"
+  i=$((i + 1))
+done <"$list"
+"""
 
 
 class Phone:
@@ -106,6 +136,26 @@ class Phone:
             f'PYTHONPATH={root} exec {sys.executable} {script} "$@"\n'
         )
         return runner
+
+    def scripted_runner(self, folder: Path, answers: Sequence[Path], times_us: Sequence[int]) -> Path:
+        """Write a runner that answers with files and tells given times: for what is made of times, not of answers.
+
+        Its times are `times_us`, again and again. Where the folder of properties has a file `hot`, the phone says that
+        from then on of its temperature.
+        """
+        header = "Msg Timestamp,Message,Time,Unit of Measurement,Timing Source,Event Level,Event Identifier"
+        rows = [f"0,EXECUTE,{time},US,BACKEND,ROOT,QNN (execute) time" for time in times_us]
+        self.prints("profile-head", f"{header}\n0,INIT,25000,US,BACKEND,ROOT,QNN (load binary) time\n")
+        self.prints("profile-rows", "\n".join(rows) + "\n")
+        for index, answer in enumerate(answers):
+            shutil.copyfile(answer, self.path(f"/properties/answer-{index}"))
+        runner = folder / "qnn-net-run"
+        runner.write_text(f"#!{self.path('/system/bin/sh')}\n{_SCRIPTED}")
+        return runner
+
+    def heats_up(self, status: int, skin: float) -> str:
+        """Return what `dumpsys thermalservice` prints at a status and a temperature of the skin."""
+        return THERMAL.replace("Status: 0", f"Status: {status}").replace("31.9", f"{skin}")
 
     def unplug(self) -> None:
         self.daemon.unplug()

@@ -1,7 +1,8 @@
 """What stands in for `qnn-net-run` on a phone of the rig: the context that ships, executed in Qualcomm's simulator.
 
 It takes the options that `run.sh` gives and leaves what the real one leaves: `Result_<i>/<tensor>.raw` in float32, and
-a profile. The profile holds `qnn-profile-viewer`'s rows, with times of this computer, which are no figure of a device.
+a profile. The profile is the one that Qualcomm's backend itself writes, in the rows of `qnn-profile-viewer`; its times
+and cycles are this computer's, no figure of a device.
 """
 
 import argparse
@@ -19,6 +20,7 @@ def main() -> None:
     parser.add_argument("--input_list", type=Path, required=True)
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--num_inferences", type=int)
+    parser.add_argument("--duration", type=float, default=0)
     parser.add_argument("--keep_num_outputs", type=int)
     for name in ("--backend", "--log_level", "--perf_profile", "--profiling_level"):
         parser.add_argument(name)
@@ -26,29 +28,32 @@ def main() -> None:
     options = parser.parse_args()
     # The real runner takes the binary alone; ONNX Runtime wants the model around it, which lies beside it.
     binary = options.retrieve_context
-    session = context_session(binary.with_name(binary.name.replace("_qnn.bin", ".ctx.onnx")))
+    log = options.output_dir / "qnn-profiling-data_0.log"
+    session = context_session(
+        binary.with_name(binary.name.replace("_qnn.bin", ".ctx.onnx")),
+        {"profiling_level": options.profiling_level, "profiling_file_path": str(log)}
+        if options.profiling_level
+        else {},
+    )
     inputs = {value.name: (value.shape, "<i4" if "int32" in value.type else "<f4") for value in session.get_inputs()}
     outputs = [value.name for value in session.get_outputs()]
     lines = options.input_list.read_text().splitlines()
     count = options.num_inferences or len(lines)
-    rows = ["Msg Timestamp,Message,Time,Unit of Measurement,Timing Source,Event Level,Event Identifier"]
-    for index in range(count):
+    end = time.monotonic() + options.duration
+    index = 0
+    while time.monotonic() < end if options.duration else index < count:
         named = (word.split(":=") for word in lines[index % len(lines)].split())
         feed = {}
         for name, path in named:
             shape, own = inputs[name]
             feed[name] = np.fromfile(path, own if options.use_native_input_files else "<f4").reshape(shape).astype(own)
-        begin = time.perf_counter()
         values = session.run(outputs, feed)
-        microseconds = int((time.perf_counter() - begin) * 1e6)
-        rows.append(f"{index},EXECUTE,{microseconds},US,BACKEND,ROOT,QNN (execute) time")
         if options.keep_num_outputs is None or index < options.keep_num_outputs:
             folder = options.output_dir / f"Result_{index}"
             folder.mkdir(parents=True, exist_ok=True)
             for name, value in zip(outputs, values, strict=True):
                 value.astype("<f4").tofile(folder / f"{name}.raw")
-    if options.profiling_level:
-        (options.output_dir / "qnn-profiling-data_0.log").write_text("\n".join(rows) + "\n")
+        index += 1
 
 
 main()

@@ -2,7 +2,6 @@
 
 import json
 import math
-import re
 from pathlib import Path
 
 import pytest
@@ -12,10 +11,13 @@ from adb_rig import Rig
 from sdconvert.android.adb import Adb
 from sdconvert.android.bench import bench, bench_columns, bench_rows
 from sdconvert.android.device import ask_phone
+from sdconvert.android.image_time import image_time
 from sdconvert.android.manifest import Manifest
+from sdconvert.android.measure import Job
 from sdconvert.android.push import local_file
 from sdconvert.android.runners import PhoneRunner, SimulatorRunner
-from sdconvert.android.scores import accuracy_figures, latency_figures, read_profile
+from sdconvert.android.scores import accuracy_figures, latency_figures
+from sdconvert.android.timing import Plan
 from sdconvert.android.verify import verify_bundle
 from sdconvert.cli.app import main
 from sdconvert.errors import DeviceError
@@ -32,7 +34,8 @@ def manifest(bundle: Path) -> Manifest:
 def test_the_simulator_scores_as_recorded_and_claims_no_latency(
     bundle: Path, manifest: Manifest, tmp_path: Path
 ) -> None:
-    result = bench(bundle, manifest, SimulatorRunner("SM8550", Simulator), tmp_path / "out", 3)
+    job = Job(bundle, manifest, SimulatorRunner("SM8550", Simulator))
+    [result] = bench([job], [tmp_path / "out"], Plan(inferences=3))
     assert (result["is_device"], result["device"], result["soc"]) == (False, None, "SM8550")
     assert "no figure of a device" in result["notes"][0]
     [graph] = result["graphs"]
@@ -53,12 +56,24 @@ def test_a_phone_scores_as_the_simulator_it_runs(rig: Rig, bundle: Path, manifes
         "models/SM8650/gate.ctx.onnx": local_file(bundle / "models/SM8650/gate.ctx.onnx"),
     }
     runner = PhoneRunner(adb, ask_phone(adb, REMOTE), "SM8650", files, None, REMOTE, warm_up=2)
-    result = bench(bundle, manifest, runner, tmp_path / "out", 5)
-    assert "inferences=7" in phone.path(f"{REMOTE}/out/status").read_text()
+    [result] = bench(
+        [Job(bundle, manifest, runner)], [tmp_path / "out"], Plan(inferences=5, op_profile=True, sustained_minutes=0.01)
+    )
     [graph] = result["graphs"]
     assert graph["outputs"]["out_sample"]["vs_simulator"]["bit_equal"]
     assert (graph["latency"]["QNN execute"]["n"], len(graph["latency"]["QNN execute"]["samples_ms"])) == (5, 5)
     assert graph["peak_kb"] > 10_000
+    assert graph["context_load_ms"] > 0
+    assert graph["first_run_ms"] not in graph["latency"]["QNN execute"]["samples_ms"]
+    # The backend's own figures of the graph: its ops, and what enters and leaves it.
+    assert {op["op"].partition(":")[0] for op in graph["op_profile"]["top"]} >= {"Sigmoid4", "Input OpId_2"}
+    assert sum(op["share"] for op in graph["op_profile"]["top"]) == pytest.approx(1)
+    assert "Number of HVX threads used" in graph["counters"]
+    sustained = result["sustained"]
+    assert (sustained["graph"], sustained["n"] == len(sustained["samples_ms"])) == ("gate", True)
+    assert sustained["busy_s"] < 1
+    page = (tmp_path / "out/bench.md").read_text()
+    assert all(part in page for part in ("## Ops of `gate`", "## Without a pause", "nsp0 41.5 °C"))
     assert (result["device"]["model"], result["device"]["soc"], result["is_device"]) == ("Rig", "SM8650", True)
     assert bench_columns(result)[1] == "p50 ms"
     assert bench_rows(result)[0][0] == "gate"
@@ -78,14 +93,18 @@ def test_statistics_are_those_of_the_samples() -> None:
     assert told["samples_ms"] == [4.0, 1.0, 2.0, 3.0]
 
 
-def test_a_profile_is_read_by_the_name_of_its_rows(tmp_path: Path) -> None:
-    header = "Msg Timestamp,Message,Time,Unit of Measurement,Timing Source,Event Level,Event Identifier"
-    rows = ["1,EXECUTE,1500,US,BACKEND,ROOT,QNN (execute) time", "2,EXECUTE,77,CYCLES,BACKEND,NODE,conv:OpId_3"]
-    (tmp_path / "p.csv").write_text("\n".join([header, *rows]))
-    assert read_profile(tmp_path / "p.csv", "QNN (execute) time") == [1.5]
-    for absent in ("conv:OpId_3", "RPC (execute) time"):
-        with pytest.raises(DeviceError, match=f"has no time called `{re.escape(absent)}`"):
-            read_profile(tmp_path / "p.csv", absent)
+def test_a_picture_costs_every_step_and_one_decoding(manifest: Manifest) -> None:
+    graph = manifest.graphs[0]
+    graphs = tuple(graph.model_copy(update={"name": name}) for name in ("controlnet", "unet", "vae_decoder"))
+    road = manifest.model_copy(update={"graphs": graphs, "scheduler": {"timesteps": list(range(20))}})
+    times = {"controlnet": 30.0, "unet": 70.0, "vae_decoder": 200.0}
+    told = image_time(road, times)
+    assert told == {"seconds": pytest.approx(2.2), "steps": 20, "formula": "20 x (controlnet + unet) + vae_decoder"}
+    # A graph whose time is not valid, or steps that nobody tells, give no sum.
+    del times["unet"]
+    assert image_time(road, times) is None
+    assert image_time(manifest, {"gate": 1.0}) is None
+    assert image_time(road.model_copy(update={"scheduler": {}}), times | {"unet": 70.0}) is None
 
 
 def test_answers_that_make_no_sense_are_refused(bundle: Path, manifest: Manifest) -> None:
@@ -113,8 +132,10 @@ def test_the_command_runs_the_simulator(bundle: Path, tmp_path: Path, capsys: py
     assert (code, "the bundle is for SM8650, SM8550, not for SM8750" in err) == (2, True)
     code, _, err = command(capsys, *asked, "--serial", "x", "--qairt-sdk", "y")
     assert (code, "--qairt-sdk, --serial has no effect with --runner sim" in err) == (2, True)
-    code, _, err = command(capsys, str(bundle.with_suffix(".tar")), "--runner", "sim")
-    assert (code, "is no folder" in err) == (2, True)
+    code, told, _ = command(capsys, str(bundle.with_suffix(".tar")), *asked[1:])
+    assert (code, told["soc"]) == (0, "SM8650")
+    code, _, err = command(capsys, *asked, "--runner", "ort", "--op-profile")
+    assert (code, "--op-profile has no effect with --runner ort" in err) == (2, True)
 
 
 def test_the_command_tells_what_is_missing_for_a_phone(

@@ -1,5 +1,6 @@
 """A bundle is damaged in every way that a device would not notice; each must be caught by name."""
 
+import io
 import json
 import shutil
 import tarfile
@@ -10,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sdconvert.android.artifact import tar_path
-from sdconvert.android.verify import describe_bundle, verify_bundle
+from sdconvert.android.verify import describe_bundle, opened_bundle, verify_bundle
 from sdconvert.errors import UsageError
 from sdconvert.io.files import sha256_file
 
@@ -55,11 +56,107 @@ def test_a_flipped_byte_in_the_tar_is_caught(bundle: Path, tmp_path: Path) -> No
         verify_bundle(tar)
 
 
-def test_a_truncated_tar_is_caught(bundle: Path, tmp_path: Path) -> None:
+def test_a_tar_that_was_cut_anywhere_is_caught(bundle: Path, tmp_path: Path) -> None:
     content = tar_path(bundle).read_bytes()
-    (tmp_path / "half.tar").write_bytes(content[: len(content) // 2])
-    with pytest.raises(UsageError, match=r"half\.tar"):
-        verify_bundle(tmp_path / "half.tar")
+    with tarfile.open(tar_path(bundle)) as archive:
+        last = archive.getmembers()[-1]
+    # In the middle, within the last file, and between two files, where the rest reads like a smaller tar.
+    for cut in (len(content) // 2, last.offset_data + 1, last.offset):
+        (tmp_path / "half.tar").write_bytes(content[:cut])
+        with pytest.raises(UsageError, match=r"`.*half\.tar` ends early") as caught:
+            verify_bundle(tmp_path / "half.tar")
+        assert "copy it again" in caught.value.hint
+
+
+def write_tar(path: Path, *members: tuple[str, bytes, bytes]) -> Path:
+    """Write a tar of members: name, type and content or, for links, target."""
+    with tarfile.open(path, "w") as archive:
+        for name, kind, content in members:
+            member = tarfile.TarInfo(name)
+            member.type = kind
+            if kind == tarfile.REGTYPE:
+                member.size = len(content)
+            else:
+                member.linkname = content.decode()
+            archive.addfile(member, io.BytesIO(content))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("members", "message"),
+    [
+        ([("bundle/../../x", tarfile.REGTYPE, b"x")], "`bundle/../../x` of .* leads out of the bundle"),
+        ([("/etc/x", tarfile.REGTYPE, b"x")], "`/etc/x` of .* leads out of the bundle"),
+        ([("bundle/a b", tarfile.REGTYPE, b"x")], "`bundle/a b` of .* leads out of the bundle"),
+        (
+            [("bundle/x", tarfile.SYMTYPE, b"/etc/passwd")],
+            "`bundle/x` of .* is no file, and may lead out of the bundle",
+        ),
+        ([("bundle/x", tarfile.LNKTYPE, b"../y")], "`bundle/x` of .* is no file, and may lead out of the bundle"),
+        ([("bundle/x", tarfile.REGTYPE, b"1"), ("bundle/x", tarfile.REGTYPE, b"2")], "holds `x` twice"),
+    ],
+)
+def test_a_tar_cannot_lead_out_of_the_bundle(
+    tmp_path: Path, members: list[tuple[str, bytes, bytes]], message: str
+) -> None:
+    with pytest.raises(UsageError, match=message):
+        verify_bundle(write_tar(tmp_path / "b.tar", *members))
+
+
+def test_a_folder_cannot_lead_out_of_the_bundle(copy: Path) -> None:
+    inputs = copy / "inputs/gate-china/latent.raw"
+    shutil.copy(inputs, copy.parent)
+    inputs.unlink()
+    inputs.symlink_to(copy.parent / "latent.raw")
+    with pytest.raises(UsageError, match=r"`inputs/gate-china/latent\.raw` of bundle .* is a link"):
+        verify_bundle(copy)
+
+
+def test_a_list_of_inputs_cannot_lead_out_of_the_bundle(copy: Path) -> None:
+    listed = copy / "input_list_gate.txt"
+    listed.write_text(listed.read_text().replace("inputs/gate-china/latent.raw", "../../secret.raw"))
+    resign(copy)
+    with pytest.raises(UsageError, match=r"input_list_gate\.txt: does not name the samples of `gate`"):
+        verify_bundle(copy)
+
+
+def test_a_manifest_edited_by_hand_is_told_from_a_damaged_list(copy: Path) -> None:
+    manifest = (copy / "manifest.json").read_text()
+    (copy / "manifest.json").write_text(manifest.replace('"gate-test"', '"gate-best"'))
+    with pytest.raises(UsageError, match=r"manifest\.json: was changed after the bundle was written"):
+        verify_bundle(copy)
+    (copy / "manifest.json").write_text(manifest)
+    with (copy / "sums.txt").open("a") as file:
+        file.write("more\n")
+    with pytest.raises(UsageError, match=r"sums\.txt: does not list the files as they are"):
+        verify_bundle(copy)
+
+
+def test_a_context_elsewhere_is_not_found_on_the_device(copy: Path) -> None:
+    manifest = json.loads((copy / "manifest.json").read_text())
+    for graph in manifest["graphs"]:
+        graph["context"] = "models/SM8650/gate_qnn.bin"
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    resign(copy)
+    with pytest.raises(UsageError, match="the device looks for the context of `gate` at models/SM8550/gate_qnn.bin"):
+        verify_bundle(copy)
+
+
+def test_a_bundle_of_another_version_says_which(copy: Path) -> None:
+    manifest = json.loads((copy / "manifest.json").read_text())
+    # A newer format may hold anything besides.
+    (copy / "manifest.json").write_text(json.dumps(manifest | {"schema_version": 2, "more": [1]}))
+    with pytest.raises(UsageError, match=r"is of format 2; this sdconvert .* reads format 1") as caught:
+        verify_bundle(copy)
+    assert "with this sdconvert" in caught.value.hint
+
+
+def test_a_tar_is_unpacked_for_as_long_as_it_is_used(bundle: Path) -> None:
+    with opened_bundle(bundle) as (folder, manifest):
+        assert folder == bundle
+    with opened_bundle(tar_path(bundle)) as (folder, unpacked):
+        assert verify_bundle(folder) == unpacked == manifest
+    assert not folder.exists()
 
 
 def test_missing_and_foreign_files_are_named(copy: Path) -> None:
@@ -130,7 +227,6 @@ def test_a_sample_without_its_file_is_caught(copy: Path) -> None:
     ("key", "value", "message"),
     [
         ("graphs", [], "refers to what it does not list: graph gate"),
-        ("schema_version", 2, "schema_version"),
         ("extra", 1, "extra"),
     ],
 )
@@ -158,4 +254,5 @@ def test_the_description_is_plain_data(bundle: Path) -> None:
     assert [(graph["name"], graph["soc"]) for graph in told["graphs"]] == [("gate", "SM8650"), ("gate", "SM8550")]
     assert told["graphs"][0]["inputs"] == {"latent": [1, 3, 8, 8], "residual": [1, 3, 8, 8]}
     assert told["samples"] == ["gate-chelsea", "gate-china"]
+    assert told["pictures"] == []
     assert told["files"] == 17

@@ -43,7 +43,7 @@ def convert(build: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     return call("convert", "--build", build, *arguments, harness=True)
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["convert", "--help"], ["config", "show"], ["--version"]])
+@pytest.mark.parametrize("arguments", [["--help"], ["convert", "--help"], ["config", "show"], ["--version"], ["plan"]])
 def test_light_commands_import_nothing_heavy(arguments: list[str]) -> None:
     heavy = ["torch", "numpy", "diffusers", "onnx", "onnxruntime", "aimet_torch"]
     code = f"""
@@ -118,6 +118,20 @@ def test_errors_are_json_for_who_asked_for_json() -> None:
     assert (error["exit_code"], finished.returncode) == (2, 2)
     assert "none.yaml" in error["message"]
     assert error["hint"]
+
+
+def test_a_plan_is_what_the_run_then_does(build: str) -> None:
+    planned = call("plan", "--build", build, harness=True)
+    assert planned.returncode == 0, planned.stderr
+    lines = [line.split() for line in planned.stdout.splitlines() if line.strip()[:2].isdigit()]
+    assert lines == [[name, "run", "no", "result", "yet"] for name in ROAD]
+    assert not Path(build).exists()
+    convert(build, "--to", "export")
+    again = call("plan", "--build", build, "--soc", "SM8750", "--json", harness=True)
+    stages = {stage["stage"]: stage for stage in json.loads(again.stdout)["stages"]}
+    assert [stage["state"] for stage in stages.values()] == ["reuse"] * 5 + ["run"] * 3
+    assert stages["50-export"]["last"]["disk_bytes"] > 0
+    assert stages["60-qnn"] == {"stage": "60-qnn", "state": "run", "why": "no result yet", "last": None}
 
 
 def test_a_run_closes_with_table_report_and_next_command(build: str) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from mha_folder import write_folder
-from static_graphs import small_case
+from static_graphs import small_controlnet_case
 
 from sdconvert.config import LayerPrecision
 from sdconvert.metrics import worst_sqnr_db
@@ -25,14 +25,14 @@ LAYERS = {
 
 @pytest.mark.parametrize("rewrites", [pytest.param((), marks=pytest.mark.slow), REWRITES], ids=["heads", "rewrites"])
 def test_the_sha_form_has_the_bits_of_its_mha_form(tmp_path: Path, rewrites: tuple[str, ...]) -> None:
-    case = small_case()
+    case = small_controlnet_case()
     settings = load_settings({75})
     mha = Simulation(case.adapter, case.samples[0], settings.model_copy(update={"layers": LAYERS}))
     mha.calibrate(case.samples)
     before = mha(case.samples[0])
     write_folder(tmp_path / "mha", case, mha)
-    convert_folder(tmp_path / "mha", tmp_path / "out" / "unet", rewrites=rewrites)
-    sha = Mha2ShaArtifact(tmp_path / "out").simulation("unet", case.adapter, case.samples[0], settings)
+    convert_folder(tmp_path / "mha", tmp_path / "out" / "controlnet", rewrites=rewrites)
+    sha = Mha2ShaArtifact(tmp_path / "out").simulation("controlnet", case.adapter, case.samples[0], settings)
     parameters = sha.encodings().parameters
     bits = {name: entries[0]["bitwidth"] for name, entries in parameters.items()}
     kinds = ("to_q", "to_k", "to_v", "to_out")
@@ -44,7 +44,8 @@ def test_the_sha_form_has_the_bits_of_its_mha_form(tmp_path: Path, rewrites: tup
         if blocked:
             assert len(entries) == state[name].shape[0] * state[name].shape[1] // blocked, name
     assert worst_sqnr_db(before, sha(case.samples[0])) > 45
-    reverse_folder(tmp_path / "out" / "unet", tmp_path / "back")
-    for name in ("parameters_mha.encodings", "unet.encodings"):
+    reverse_folder(tmp_path / "out" / "controlnet", tmp_path / "back")
+    for name in ("parameters_mha.encodings", "controlnet.encodings"):
         assert (tmp_path / "back" / name).read_bytes() == (tmp_path / "mha" / name).read_bytes()
-    assert not torch.equal(before["out_sample"], case.adapter.run(case.samples[0])["out_sample"])
+    fp32 = case.adapter.run(case.samples[0])
+    assert not any(torch.equal(before[name], fp32[name]) for name in fp32)

@@ -36,11 +36,11 @@ def write_samples(folder: Path, case: Case) -> Path:
 
 
 @pytest.fixture(scope="module")
-def unet(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+def controlnet(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A source with many heads, and inputs of its graph."""
-    folder = tmp_path_factory.mktemp("unet")
-    source = write_folder(folder / "mha", shared_case("unet"), shared_simulation("unet"))
-    return source, write_samples(folder / "samples", shared_case("unet"))
+    folder = tmp_path_factory.mktemp("controlnet")
+    source = write_folder(folder / "mha", shared_case("small_controlnet"), shared_simulation("small_controlnet"))
+    return source, write_samples(folder / "samples", shared_case("small_controlnet"))
 
 
 @pytest.fixture(scope="module")
@@ -60,13 +60,13 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: object, form: str = "--j
 
 
 def encodings(folder: Path) -> Any:
-    return json.loads((folder / "unet.encodings").read_text())
+    return json.loads((folder / "controlnet.encodings").read_text())
 
 
 def test_both_forms_are_compared_and_ranges_per_head_measured(
-    unet: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    controlnet: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    source, samples = unet
+    source, samples = controlnet
     before = sha256_folder(source)
     sha, mha = tmp_path / "sha", tmp_path / "mha"
     options = ("--rewrite", "linear_to_conv2d", "--activation-encodings", "recalibrate", "--samples", samples)
@@ -75,8 +75,9 @@ def test_both_forms_are_compared_and_ranges_per_head_measured(
     assert code == 0
     assert sha256_folder(source) == before
     figures = read_json(sha / "sha_vs_mha.json")
-    layers = {layer.path for layer in shared_case("unet").adapter.attention_layers()}
-    assert figures.keys() == {*layers, "out_sample"}
+    case = shared_case("small_controlnet")
+    layers = {layer.path for layer in case.adapter.attention_layers()}
+    assert figures.keys() == {*layers, *case.adapter.run(case.samples[0])}
     assert all(one["fp32_relative_error"] <= 1e-4 and one["quantized_db"] >= 50 for one in figures.values())
     worst = max(one["fp32_relative_error"] for one in figures.values())
     assert data["figures"]["worst_layer_fp32_relative_error"] == worst
@@ -168,7 +169,7 @@ def enlarge(source: Path, samples: Path) -> None:
 
 def of_another_graph(source: Path, samples: Path) -> None:
     shutil.rmtree(samples)
-    write_samples(samples, shared_case("controlnet"))
+    write_samples(samples, shared_case("small_controlnet"))
 
 
 def damage_index(source: Path, samples: Path) -> None:

@@ -111,7 +111,7 @@ class _ControlNetGraph(nn.Module):
         return self.controlnet(sample, timestep, text, image, return_rgbs=False)[1:]
 
 
-@pytest.mark.parametrize("variant", ["pasd", "pasd_light"])
+@pytest.mark.parametrize("variant", ["pasd", pytest.param("pasd_light", marks=pytest.mark.slow)])
 def test_h19_unet_exports_with_its_multi_plugin(variant: str, golden: Golden, relative_error: Error) -> None:
     reference = golden(variant)
     unet, _ = load_pasd(GOLDEN / variant)

@@ -71,7 +71,7 @@ def test_compiling_elsewhere_gives_the_same_bytes(compiled: Compiled, tmp_path: 
 
 def test_a_node_that_htp_refuses_is_named(tmp_path: Path) -> None:
     graph = refused(tmp_path / "bad.onnx")
-    with pytest.raises(CompileError, match=r"SM8650 refuses 1 node \(Det `determinant_node`\) of `bad.onnx`") as caught:
+    with pytest.raises(CompileError, match=r"SM8650 refuses 1 node \(Det `determinant_node`\) in `bad.onnx`") as caught:
         compile_context(graph, tmp_path / "out", find_soc("SM8650"))
     assert caught.value.exit_code == 6
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["bad.compile.log"]

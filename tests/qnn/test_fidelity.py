@@ -26,13 +26,17 @@ def test_blocks_in_a_chain_compute_what_the_whole_graph_computes(tmp_path: Path)
     artifact.write_answers("module", [(inputs, fp32, simulated)])
     artifact.write_blocks("module", blocks, simulation.boundary_tensors(inputs, [k for b in blocks for k in b.outputs]))
     onnx.save(model, str(artifact.onnx("module")))
-    rows = measure_blocks(artifact, "module", soc, tmp_path / "blocks")
+    rows = measure_blocks(artifact, "module", soc, tmp_path / "blocks", gate=200.0)
     whole = Simulator(compile_context(artifact.onnx("module"), tmp_path / "whole", soc).ctx_onnx)(inputs)
     assert [row["block"] for row in rows] == list(PATHS)
     for row in rows:
         assert row["onnx_vs_quantized_db"] >= 70
         assert row["simulator_vs_quantized_db"] >= 60
         assert row["simulator_vs_fp32_db"] == pytest.approx(row["quantized_vs_fp32_db"], abs=0.5)
+    worst = min(rows, key=lambda row: row["simulator_vs_quantized_db"])
+    assert [row["block"] for row in rows if row["worst_ops"]] == [worst["block"]]
+    # What stands between blocks belongs to the one behind it.
+    assert {op["tensor"].partition(":")[0].partition(".")[0] for op in worst["worst_ops"]} <= {worst["block"], ""}
     last = rows[-1]
     assert last["cumulated_quantized_vs_fp32_db"] == pytest.approx(worst_sqnr_db(fp32, simulated))
     assert last["cumulated_simulator_vs_fp32_db"] == pytest.approx(worst_sqnr_db(fp32, whole), abs=0.1)

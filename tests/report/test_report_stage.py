@@ -82,13 +82,13 @@ def test_figures_are_those_of_the_stages(report: Report, finished: RunFolder) ->
     assert figures["accuracy"]["vae_decoder"]["sha_vs_mha_db"] is None
     assert figures["layers"]["unet"][":sample"] == math.inf
     assert [(one["graph"], one["soc"], one["arch"]) for one in figures["contexts"]] == [
-        (graph, soc, arch) for soc, arch in zip(SOCS, (75, 73), strict=True) for graph in GRAPHS
+        (graph, soc, arch) for soc, arch in zip(SOCS, (75, 69), strict=True) for graph in GRAPHS
     ]
     assert figures["sizes"]["unet"]["weights_fp32_bytes"] > 4000
     assert figures["stages"]["60-qnn"]["seconds"] == 12.345
     assert figures["versions"] == {"torch": "2.7.0, 2.6.0"}
     assert {row["name"]: row["author"] for row in figures["photographs"]}["china"].endswith("; CC BY 2.0")
-    assert report.metrics == {"report": "80-report/report.html", "note": "5 of 5 gates passed"}
+    assert report.metrics == {"report": "80-report/report.html", "note": "7 of 7 gates passed"}
 
 
 def test_d12_sizes_and_warnings_of_the_calibration_stand_in_the_page(report: Report) -> None:
@@ -147,13 +147,13 @@ def test_a_gate_that_is_missed_shows_where(finished: RunFolder, tmp_path: Path) 
         "passed": False,
     }
     assert "✗ gates missed" in report.page.text
-    assert report.metrics["note"] == "4 of 5 gates passed"
+    assert report.metrics["note"] == "6 of 7 gates passed"
 
 
 def test_a_weak_answer_to_the_control_image_misses_its_gate(finished: RunFolder, tmp_path: Path) -> None:
     recipe = RECIPE.model_copy(update={"gates": GatesSection(response_tolerance=0.015)})
     report = make_report(copy_run(finished, tmp_path / "run"), recipe)
-    gate = report.artifact.figures()["gates"][4]
+    gate = report.artifact.figures()["gates"][6]
     assert gate == {
         "gate": "response_tolerance",
         "unit": "ratio",
@@ -172,8 +172,19 @@ def test_a_picture_that_is_not_a_number_misses_its_gate(finished: RunFolder, tmp
     path = run.stage_folder("30-quantize") / "pictures" / "china.safetensors"
     save_tensors({"quantized": load_tensors(path)["quantized"] * math.nan}, path)
     gates = make_report(run).artifact.figures()["gates"]
-    assert [gate["passed"] for gate in gates] == [True, True, True, False, True]
-    assert (gates[3]["where"], math.isnan(gates[3]["worst"])) == ("china", True)
+    assert [gate["passed"] for gate in gates] == [*[True] * 5, False, True]
+    assert (gates[5]["where"], math.isnan(gates[5]["worst"])) == ("china", True)
+
+
+def test_every_soc_is_judged_by_the_gates_of_its_generation(report: Report) -> None:
+    figures = report.artifact.figures()
+    found = {gate["gate"]: (gate["wanted"], gate["where"], gate["worst"], gate["checks"]) for gate in figures["gates"]}
+    assert found["simulator_vs_quantized_db"] == (45.0, "unet on SM8650", 47.2, 2)
+    assert found["simulator_vs_quantized_before_v73_db"] == (40.0, "unet on SM8450", 42.2, 2)
+    assert found["block_simulator_vs_quantized_db"] == (50.0, "unet on SM8650: mid_block", 50.5, 3)
+    assert found["block_simulator_vs_quantized_before_v73_db"] == (38.0, "unet on SM8450: mid_block", 39.5, 2)
+    assert set(figures["gate_of"]) == set(SOCS)
+    assert "✗" not in report.page.text
 
 
 def remove_pictures(run: RunFolder) -> None:

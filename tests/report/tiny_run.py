@@ -23,7 +23,7 @@ from sdconvert.qnn.context import Context, compile_context
 from sdconvert.qnn.fidelity import BlockFidelity
 from sdconvert.soc import find_soc
 
-SOCS = ("SM8650", "SM8550")
+SOCS = ("SM8650", "SM8450")  # their gates differ
 GRAPHS = ("unet", "vae_decoder")
 RECIPE = Recipe.model_validate({"name": "tiny", "qnn": {"socs": SOCS}, "calibration": {"photographs": ("coffee",)}})
 
@@ -112,7 +112,7 @@ def _write_qnn(run: RunFolder) -> list[Context]:
     contexts = [compile_context(onnx_of(graph), folder / soc, find_soc(soc)) for soc in SOCS for graph in GRAPHS]
     figures: dict[str, Any] = {
         graph: {
-            soc: {"simulator_vs_fp32_db": 36.1 + 2 * i + j, "simulator_vs_quantized_db": 47.2 + i + j, "samples": 2}
+            soc: {"simulator_vs_fp32_db": 36.1 + 2 * i + j, "simulator_vs_quantized_db": 47.2 - 5 * i + j, "samples": 2}
             for i, soc in enumerate(SOCS)
         }
         for j, graph in enumerate(GRAPHS)
@@ -122,7 +122,7 @@ def _write_qnn(run: RunFolder) -> list[Context]:
     levels = {field.name: 51.5 + place for place, field in enumerate(fields(BlockFidelity)) if field.name != "block"}
     rows = [{"block": block} | levels for block in ("conv_in", "mid_block", "conv_out")]
     rows[1]["simulator_vs_quantized_db"] = 50.5
-    fidelity = {"unet": {SOCS[0]: rows}}
+    fidelity = {"unet": {SOCS[0]: rows, SOCS[1]: [rows[0], rows[1] | {"simulator_vs_quantized_db": 39.5}]}}
     QnnArtifact.write(
         folder, contexts, {"graphs": figures, "fidelity": fidelity, "pictures": {}, "responses": responses}
     )

@@ -1,17 +1,19 @@
-"""AdaRound in a process of its own: python adaround_memory.py BUDGET SAMPLES SHAPES FOLDER.
+"""AdaRound in processes of their own: python adaround_memory.py RUNS SHAPES FOLDER, RUNS as [[budget, samples], …].
 
-Everything is loaded and traced, and calibration data lie on the disk, before AdaRound of SAMPLES samples begins; with 0
-it never does. Prints the most memory that the process took, and what came out.
+Everything is loaded and traced, and calibration data lie on the disk, before a process is forked for each run; with 0
+samples AdaRound never begins. Each prints a line: the most memory that it took, and what came out.
 """
 
 import json
 import sys
 from collections.abc import Iterator
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
 from adaround_graphs import BlockAdapter, block_graph, block_samples, int4_grids
 from torch import Tensor, nn
+from torch.fx import GraphModule
 
 from sdconvert.io.tensors import load_tensors, save_tensors
 from sdconvert.memory import PeakMemory, return_freed_memory
@@ -66,24 +68,37 @@ class Samples:
 
 
 def main() -> None:
-    """Run once."""
+    """Run all."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    budget, count, shapes, folder = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], Path(sys.argv[4])
-    solver = SolverSettings(damping=(0.1,))
-    settings = AdaRoundSettings(solver=solver, budget_bytes=budget)
+    runs, shapes, folder = json.loads(sys.argv[1]), sys.argv[2], Path(sys.argv[3])
     small = block_graph()
-    adaround(small, block_samples(4), int4_grids(small), settings, folder / "warm")
+    adaround(small, block_samples(4), int4_grids(small), settings(max(runs)[0]), folder / "warm")
     folder.joinpath("samples").mkdir()
-    for index in range(min(DISTINCT, max(1, count))):
+    for index in range(min(DISTINCT, max(count for _, count in runs))):
         save_tensors(inputs(shapes, index), folder / "samples" / f"{index}.safetensors")
     traced = graph.trace(BlockAdapter(Wide(shapes).eval()), inputs(shapes, 0))
-    grids = int4_grids(traced)
     return_freed_memory()
+    for budget, count in runs:
+        process = get_context("fork").Process(target=run, args=(traced, folder, budget, count))
+        process.start()
+        process.join()
+        if process.exitcode:
+            sys.exit(process.exitcode)
+
+
+def settings(budget: int) -> AdaRoundSettings:
+    """Small effort."""
+    return AdaRoundSettings(solver=SolverSettings(damping=(0.1,)), budget_bytes=budget)
+
+
+def run(traced: GraphModule, folder: Path, budget: int, count: int) -> None:
+    """Run once."""
     memory = PeakMemory()
     report: dict[str, object] = {"modes": []}
     if count:
-        result = adaround(traced, Samples(folder / "samples", count), grids, settings, folder / "run")
+        out = folder / f"{budget}-{count}"
+        result = adaround(traced, Samples(folder / "samples", count), int4_grids(traced), settings(budget), out)
         report = {
             "planned": result.plan.peak_bytes,
             "modes": [group.moments.mode for group in result.plan.groups],
@@ -91,7 +106,8 @@ def main() -> None:
             "levels": [figures.sqnr_db for figures in result.figures.values()],
             "output": result.output_sqnr_db,
         }
-    sys.stdout.write(json.dumps({**report, "peak": memory.peak_bytes()}))
+    sys.stdout.write(json.dumps({**report, "peak": memory.peak_bytes()}) + "\n")
+    sys.stdout.flush()
 
 
 if __name__ == "__main__":

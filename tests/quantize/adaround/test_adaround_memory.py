@@ -13,25 +13,22 @@ MIB = 1 << 20
 SLACK = 14 * MIB  # what glibc keeps of what was freed: 5 to 12 MiB were seen
 
 
-def measure(budget: int, count: int, folder: Path, root: Path, shapes: str = "small") -> dict[str, Any]:
-    """What AdaRound of so many samples took; without any, what its process takes without AdaRound."""
+def measure(runs: list[tuple[int, int]], folder: Path, root: Path, shapes: str = "small") -> list[dict[str, Any]]:
+    """What AdaRound took, for each budget and number of samples; without samples, what its process takes anyway."""
     program = root / "tests" / "quantize" / "adaround" / "adaround_memory.py"
-    folder = folder / f"{shapes}-{budget}-{count}"
-    folder.mkdir()
     paths = os.pathsep.join([str(root), str(root / "tests"), str(program.parent)])
-    command = [sys.executable, str(program), str(budget), str(count), shapes, str(folder)]
+    command = [sys.executable, str(program), json.dumps(runs), shapes, str(folder)]
     environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, check=False, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
-    report: dict[str, Any] = json.loads(done.stdout)
-    return report
+    return [json.loads(line) for line in done.stdout.splitlines()]
 
 
 @pytest.mark.parametrize(
     "more", [24, pytest.param(64, marks=pytest.mark.slow), pytest.param(512, marks=pytest.mark.slow)]
 )
 def test_more_samples_take_no_more_memory(tmp_path: Path, pytestconfig: pytest.Config, more: int) -> None:
-    few, many = (measure(48 * MIB, count, tmp_path, pytestconfig.rootpath) for count in (8, more))
+    few, many = measure([(48 * MIB, count) for count in (8, more)], tmp_path, pytestconfig.rootpath)
     assert many["peak"] < 1.05 * few["peak"]
 
 
@@ -46,8 +43,8 @@ def test_more_samples_take_no_more_memory(tmp_path: Path, pytestconfig: pytest.C
 def test_budget_holds_and_quality_does_not_depend_on_it(
     tmp_path: Path, pytestconfig: pytest.Config, shapes: str, budgets: tuple[int, ...], modes: set[str]
 ) -> None:
-    idle = measure(budgets[0] * MIB, 0, tmp_path, pytestconfig.rootpath, shapes)
-    reports = [measure(budget * MIB, 64, tmp_path, pytestconfig.rootpath, shapes) for budget in budgets]
+    runs = [(budgets[0] * MIB, 0), *((budget * MIB, 64) for budget in budgets)]
+    idle, *reports = measure(runs, tmp_path, pytestconfig.rootpath, shapes)
     for budget, report in zip(budgets, reports, strict=True):
         assert report["planned"] <= budget * MIB
         assert report["peak"] - idle["peak"] < budget * MIB + SLACK
