@@ -10,9 +10,7 @@ import torch
 # A file is one piece of work for a worker: the longest come first, so that no worker ends alone.
 LONG = {
     "test_adaround_memory.py",
-    "test_adaround_killed.py",
     "test_command.py",
-    "test_fold.py",
     "test_four_backends.py",
     "test_onnx_graph.py",
     "test_proof_on_samples.py",
