@@ -42,6 +42,9 @@ graph (float[1,3,8,8] sample) => (float[1,3,8,8] out)
 """
 
 
+WORST = {"tensor": "mid_block.attentions.0:matmul.1", "entering_db": 83.25, "leaving_db": 41.75}
+
+
 def write_run(root: Path) -> RunFolder:
     """Write the stages 10 to 70."""
     run = RunFolder(root)
@@ -119,10 +122,12 @@ def _write_qnn(run: RunFolder) -> list[Context]:
     }
     answer = {"ratio": 0.99, "gain": 0.985, "cosine": 0.995}
     responses = {"text": [answer, answer], "control": [answer | {"ratio": 1.02}]}
-    levels = {field.name: 51.5 + place for place, field in enumerate(fields(BlockFidelity)) if field.name != "block"}
-    rows = [{"block": block} | levels for block in ("conv_in", "mid_block", "conv_out")]
+    names = [field.name for field in fields(BlockFidelity) if field.name.endswith("_db")]
+    levels: dict[str, Any] = {name: 52.5 + place for place, name in enumerate(names)}
+    rows = [{"block": block, **levels, "worst_ops": []} for block in ("conv_in", "mid_block", "conv_out")]
     rows[1]["simulator_vs_quantized_db"] = 50.5
-    fidelity = {"unet": {SOCS[0]: rows, SOCS[1]: [rows[0], rows[1] | {"simulator_vs_quantized_db": 39.5}]}}
+    missing = rows[1] | {"simulator_vs_quantized_db": 39.5, "worst_ops": [WORST]}
+    fidelity = {"unet": {SOCS[0]: rows, SOCS[1]: [rows[0], missing]}}
     QnnArtifact.write(
         folder, contexts, {"graphs": figures, "fidelity": fidelity, "pictures": {}, "responses": responses}
     )

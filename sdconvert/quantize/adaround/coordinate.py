@@ -17,7 +17,7 @@ from sdconvert.quantize.adaround.tiles import WIDTH
 Array = npt.NDArray[np.float32]
 
 _ENOUGH = 1 / 500
-"""Of all codes: a sweep that changes fewer is the last one. Those behind it take most of the time for 1 % of the loss."""
+"""Of all codes: a sweep that changes fewer is the last. Those behind it take most of the time for 1 % of the loss."""
 _STEADY = 1e-6  # of the mean of G's diagonal: what float32 loses in a factorisation
 
 
