@@ -80,7 +80,7 @@ def test_the_quantized_graph_in_onnx_runtime_is_the_simulation(name: str, tmp_pa
     [
         ("clip", 60),
         pytest.param("sdxl_clip_with_projection", 50, marks=pytest.mark.slow),
-        ("pixart", 60),
+        pytest.param("pixart", 60, marks=pytest.mark.slow),
         pytest.param("clip_openai_activation", 50, marks=pytest.mark.slow),
         pytest.param("sdxl_clip", 55, marks=pytest.mark.slow),
         pytest.param("pixart_with_sizes", 60, marks=pytest.mark.slow),

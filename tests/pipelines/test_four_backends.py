@@ -114,6 +114,7 @@ def test_d10_torch_and_simulated_quantization_draw_with_one_pipeline(
     assert torch.equal(bench.draw(), bench.torch_picture)
 
 
+@pytest.mark.slow
 def test_d10_torch_and_onnx_runtime_draw_the_same_picture(bench: Bench, tmp_path: Path) -> None:
     units = [*bench.pipe.units, *bench.pipe.post_units]
     runners = {graph: OnnxRunner(write_fp32(bench, graph, tmp_path / f"{graph}.onnx")) for graph in GRAPHS}

@@ -24,9 +24,8 @@ def measure(runs: list[tuple[int, int]], folder: Path, root: Path, shapes: str =
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-@pytest.mark.parametrize(
-    "more", [24, pytest.param(64, marks=pytest.mark.slow), pytest.param(512, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [64, 512])
 def test_more_samples_take_no_more_memory(tmp_path: Path, pytestconfig: pytest.Config, more: int) -> None:
     few, many = measure([(48 * MIB, count) for count in (8, more)], tmp_path, pytestconfig.rootpath)
     assert many["peak"] < 1.05 * few["peak"]
