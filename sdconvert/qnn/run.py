@@ -91,7 +91,7 @@ def _tasks(context: StageContext, roads: dict[str, Road]) -> dict[tuple[str, ...
     for name in data.pictures():
         if name.endswith(TILE):
             tasks["pictures", name] = (simulate_picture, (first, name, context.out / f"pictures/{name}.safetensors"))
-    # One picture's steps say what each step loses; they take as long as two pictures.
+    # One picture says what each step loses; its steps take the simulator as long as the picture.
     for name in [name for kind, name, *_ in tasks if kind == "pictures"][:1]:
         tasks["steps", name] = (simulate_steps, (first, name, context.out / f"steps/{name}.safetensors"))
     for call in range(len(data.held_out("controlnet"))):
