@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from sdconvert.android.adb import Adb, quoted
-from sdconvert.android.device_run import graph_argument, read_status
+from sdconvert.android.device_run import graph_argument, read_status, require_all_answers
 from sdconvert.android.executors import Answered
 from sdconvert.android.manifest import GraphRecord, TensorRecord
 from sdconvert.android.scores import read_raw
@@ -119,14 +119,7 @@ class PhoneExecutor:
         timeout_s = 2 * _SHORT_S + 2 * self.limit_s
         answer = self.adb.shell(command, timeout_s=timeout_s, doing=f"graph `{record.name}` was run")
         status = read_status(self.adb, loop, run, answer)
-        nbytes = sum(4 * prod(output.shape) for output in record.outputs)
-        wanted = {"results": count, "files": count * len(record.outputs), "bytes": count * nbytes}
-        found = status.step("answer", record.name)
-        if {key: int(found.get(key, 0)) for key in wanted} != wanted:
-            raise DeviceError(
-                f"the runner answered {found} for graph `{record.name}`; {wanted} were to come",
-                hint="is it a qnn-net-run of the QAIRT build that the bundle names, without native output files?",
-            )
+        require_all_answers(record, count, status.step("answer", record.name))
         if status.steps[0].figures != {"files": str(listed)}:
             raise DeviceError(
                 f"device `{self.adb.serial}` checked {status.steps[0].figures} of {listed} files for `{record.name}`",

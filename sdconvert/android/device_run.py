@@ -5,7 +5,7 @@
 
 import re
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from math import prod
@@ -94,6 +94,26 @@ def run_bundle(
     return status
 
 
+def require_all_answers(graph: GraphRecord, samples: int, found: Mapping[str, str]) -> None:
+    """Check that a runner answered every sample of a graph, whole.
+
+    Args:
+        graph: The graph.
+        samples: How many it was asked for.
+        found: What the status file says of the step.
+
+    Raises:
+        DeviceError: Answers, files or bytes are fewer or more.
+    """
+    nbytes = sum(4 * prod(output.shape) for output in graph.outputs)
+    wanted = {"results": samples, "files": samples * len(graph.outputs), "bytes": samples * nbytes}
+    if {key: int(found.get(key, 0)) for key in wanted} != wanted:
+        raise DeviceError(
+            f"the runner answered {found} for graph `{graph.name}`; {wanted} were to come",
+            hint="is it a qnn-net-run of the QAIRT build that the bundle names, without native output files?",
+        )
+
+
 def read_status(adb: Adb, out: str, run: str, answer: ShellAnswer) -> RunStatus:
     """Return the status that `run.sh` left in the folder `out` of a device, if it reached its end.
 
@@ -168,14 +188,7 @@ def _check_whole(manifest: Manifest, graph: GraphRecord, step: str, status: RunS
         raise DeviceError(f"graph `{graph.name}` has no {step} run", hint=_AGAIN)
     if step != "accuracy":
         return
-    samples = sum(sample.graph == graph.name for sample in manifest.samples)
-    nbytes = sum(4 * prod(output.shape) for output in graph.outputs)
-    wanted = {"results": samples, "files": samples * len(graph.outputs), "bytes": samples * nbytes}
-    if {key: int(found.get(key, 0)) for key in wanted} != wanted:
-        raise DeviceError(
-            f"the runner answered {found} for graph `{graph.name}`; {wanted} were to come",
-            hint="is it a qnn-net-run of the QAIRT build that the bundle names, without native output files?",
-        )
+    require_all_answers(graph, sum(sample.graph == graph.name for sample in manifest.samples), found)
 
 
 def _failure(adb: Adb, out: str, last: str, said: str, code: int) -> DeviceError:

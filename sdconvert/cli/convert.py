@@ -76,6 +76,11 @@ def stage_command(to: str) -> Callable[..., None]:
     return command
 
 
+def recipe_changes(overrides: list[str] | None, socs: list[str] | None) -> list[str]:
+    """Return what `--set` and `--soc` change in a recipe, as `--set` takes it."""
+    return [*(overrides or []), *([f"qnn.socs={json.dumps(socs)}"] if socs else [])]
+
+
 def bring_up_to_date(
     session: Session,
     recipe_name: str,
@@ -123,7 +128,7 @@ def _walk(
     from sdconvert.android.artifact import BUNDLE
     from sdconvert.cli.road import ROAD
 
-    changes = [*(overrides or []), *([f"qnn.socs={json.dumps(socs)}"] if socs else [])]
+    changes = recipe_changes(overrides, socs)
     if max_memory is not None:
         from sdconvert.config import load_recipe
 

@@ -1,12 +1,11 @@
 """`sdconvert plan`: what a conversion would do, before it does anything."""
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
 
-from sdconvert.cli.convert import BuildOption, RecipeArgument, SetOption, SocOption
+from sdconvert.cli.convert import BuildOption, RecipeArgument, SetOption, SocOption, recipe_changes
 from sdconvert.cli.session import Session, Table, amount
 
 if TYPE_CHECKING:
@@ -26,7 +25,7 @@ def plan(
     from sdconvert.config import load_recipe
     from sdconvert.stages import plan_stages
 
-    chosen = load_recipe(recipe, [*(set_ or []), *([f"qnn.socs={json.dumps(soc)}"] if soc else [])])
+    chosen = load_recipe(recipe, recipe_changes(set_, soc))
     run = RunFolder(build / chosen.name)
     plans = plan_stages(chosen, run, load_road())
     session: Session = ctx.obj

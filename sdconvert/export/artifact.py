@@ -8,14 +8,24 @@ from pathlib import Path
 from sdconvert.adapters import Tensors
 from sdconvert.export.blocks import Block
 from sdconvert.export.io_manifest import GraphTensor
-from sdconvert.export.origin import Origin, key_of, origins
+from sdconvert.export.origin import Origin, key_of, nearest_sources, origins
 from sdconvert.export.parts import Part
 from sdconvert.export.runner import OnnxRunner
 from sdconvert.io.files import read_json, write_json_atomic
 from sdconvert.io.tensors import flatten, load_tensors, save_tensors, unflatten
 from sdconvert.quantize.artifact import BoundaryTensor
 
-__all__ = ["Block", "ExportArtifact", "GraphTensor", "OnnxRunner", "Origin", "Part", "key_of", "origins"]
+__all__ = [
+    "Block",
+    "ExportArtifact",
+    "GraphTensor",
+    "OnnxRunner",
+    "Origin",
+    "Part",
+    "key_of",
+    "nearest_sources",
+    "origins",
+]
 
 _PARTS = ("inputs", "fp32", "simulation")
 

@@ -1,11 +1,11 @@
 """An exported graph cut into the model's blocks, and what the tensors between them hold."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from onnx import ModelProto
 
-from sdconvert.export.origin import key_of
+from sdconvert.export.origin import key_of, nearest_sources
 
 
 @dataclass(frozen=True)
@@ -76,19 +76,7 @@ class _Cutter:
 
     def sources(self, tensor: str) -> list[str]:
         """The nearest tensors of blocks, and graph inputs, from which one is computed."""
-        return list(dict.fromkeys(self._walk(tensor)))
-
-    def _walk(self, tensor: str) -> Iterator[str]:
-        waiting, seen = list(self._producers[tensor].input), set[str]()
-        while waiting:
-            name = waiting.pop()
-            if name in seen:
-                continue
-            seen.add(name)
-            if name in self.blocks or name in self._inputs:
-                yield name
-            elif name in self._producers:
-                waiting += self._producers[name].input
+        return list(nearest_sources(tensor, self._producers, self.blocks.keys() | self._inputs))
 
 
 def _block(module: str, paths: Sequence[str]) -> str:

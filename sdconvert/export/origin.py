@@ -1,6 +1,6 @@
 """Which layer of the torch model a node of an exported graph stems from."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,6 +50,26 @@ def origins(path: Path, names: Iterable[str]) -> dict[str, Origin]:
 def key_of(node: NodeProto) -> str:
     """Return the key of the simulation's tensor that a node makes; empty if it makes none."""
     return next((entry.value for entry in node.metadata_props if entry.key == TENSOR_KEY), "")
+
+
+def nearest_sources(tensor: str, producers: Mapping[str, NodeProto], known: Container[str]) -> Iterator[str]:
+    """Yield the nearest of some tensors from which a tensor is computed, each once.
+
+    Args:
+        tensor: That a node makes.
+        producers: The node that makes each tensor, by name.
+        known: Where the way back ends.
+    """
+    waiting, seen = list(producers[tensor].input), set[str]()
+    while waiting:
+        name = waiting.pop()
+        if name in seen:
+            continue
+        seen.add(name)
+        if name in known:
+            yield name
+        elif name in producers:
+            waiting += producers[name].input
 
 
 class _Neighbours:

@@ -6,7 +6,7 @@ block alone, and on what the blocks before it answered, which shows what has gat
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from sdconvert.adapters import Tensors
 from sdconvert.export.artifact import Block, ExportArtifact, OnnxRunner
 from sdconvert.metrics import worst_sqnr_db
 from sdconvert.qnn.context import FinalizationMode, compile_context
+from sdconvert.qnn.gates import worst_block
 from sdconvert.qnn.simulator import Simulator
 from sdconvert.qnn.worst_ops import OpLoss, worst_ops
 from sdconvert.soc import Soc
@@ -90,19 +91,15 @@ def measure_blocks(
         chained |= _run(simulator, block, chained)
         runtime = _run(OnnxRunner(path), block, entering | tensors["simulated"])
         found.append(_compare(block, tensors, alone, chained, runtime))
-    place = min(range(len(found)), key=lambda index: _order(found[index].simulator_vs_quantized_db))
-    if not found[place].simulator_vs_quantized_db >= gate:
-        block = exported.blocks(graph)[place]
+    rows = [asdict(one) for one in found]
+    worst, level = worst_block(rows)
+    if not level >= gate:
+        block = next(one for one in exported.blocks(graph) if one.path == worst)
         part = extractor.extract_model(list(block.inputs.values()), list(block.outputs.values()))
         named = {name: (entering | tensors["simulated"])[key] for key, name in block.inputs.items()}
         ops = worst_ops(part, named, folder, soc, finalization_mode=finalization_mode)
-        found[place] = replace(found[place], worst_ops=tuple(ops))
-    return [asdict(one) for one in found]
-
-
-def _order(level: float) -> float:
-    """NaN is less than all."""
-    return -math.inf if math.isnan(level) else level
+        next(row for row in rows if row["block"] == worst)["worst_ops"] = [asdict(op) for op in ops]
+    return rows
 
 
 def _run(runner: Simulator | OnnxRunner, block: Block, tensors: Mapping[str, Any]) -> Tensors:

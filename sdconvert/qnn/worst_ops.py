@@ -1,16 +1,15 @@
 """Which ops of a part of a graph the HTP computes worst: every stored tensor is made an output and compared."""
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import onnx
-from onnx import ModelProto, NodeProto
+from onnx import ModelProto
 from onnx.utils import Extractor
 
 from sdconvert.adapters import Tensors
-from sdconvert.export.artifact import OnnxRunner, key_of
+from sdconvert.export.artifact import OnnxRunner, key_of, nearest_sources
 from sdconvert.metrics import sqnr_db
 from sdconvert.qnn.context import FinalizationMode, compile_context
 from sdconvert.qnn.simulator import Simulator
@@ -74,23 +73,10 @@ def worst_ops(
     context = compile_context(path, folder, soc, finalization_mode=finalization_mode)
     expected, found = OnnxRunner(path)(inputs), Simulator(context.ctx_onnx)(inputs)
     levels = {name: sqnr_db(expected[name], found[name]) for name in keys}
-    losses = [
-        OpLoss(key, min((levels[source] for source in _sources(name, makers, levels)), default=math.inf), levels[name])
-        for name, key in keys.items()
-        if makers[makers[name].input[0]].input[0] not in inputs  # that is no op, but the input's own grid
-    ]
+    losses = []
+    for name, key in keys.items():
+        if makers[makers[name].input[0]].input[0] in inputs:
+            continue  # that is no op, but the input's own grid
+        entering = [levels[source] for source in nearest_sources(name, makers, levels)]
+        losses.append(OpLoss(key, min(entering, default=math.inf), levels[name]))
     return sorted(losses, key=lambda loss: -loss.added)[:count]
-
-
-def _sources(tensor: str, makers: dict[str, NodeProto], stored: dict[str, float]) -> Iterator[str]:
-    """The nearest stored tensors from which one is computed."""
-    waiting, seen = list(makers[tensor].input), set[str]()
-    while waiting:
-        name = waiting.pop()
-        if name in seen:
-            continue
-        seen.add(name)
-        if name in stored:
-            yield name
-        elif name in makers:
-            waiting += makers[name].input

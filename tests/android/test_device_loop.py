@@ -9,6 +9,7 @@ import torch
 from adb_rig import Rig, until
 from bundle_request import BundleRequest
 from phone import Phone
+from quick_runner import QUICK, SHORT_ANSWERS
 from torch import Tensor
 
 from sdconvert.android.adb import Adb
@@ -22,19 +23,6 @@ from sdconvert.qnn.simulator import Simulator
 
 REMOTE = "/data/local/tmp/sdconvert"
 SHAPE = (1, 3, 8, 8)
-QUICK = """
-while [ "$1" ]; do
-  case $1 in --output_dir) out=$2 ;; --input_list) list=$2 ;; esac
-  shift
-done
-i=0
-while read -r line; do
-  mkdir -p "$out/Result_$i"
-  head -c 768 /dev/zero >"$out/Result_$i/out_sample.raw"
-  i=$((i + 1))
-done <"$list"
-echo profile >"$out/qnn-profiling-data_0.log"
-"""
 
 
 class Loop:
@@ -141,8 +129,7 @@ def test_an_answer_that_is_gone_is_no_input(loop: Loop) -> None:
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("head -c 768", "head -c 384", "answered .*'bytes': '768'.*'bytes': 1536} were to come"),
-        ("i=$((i + 1))", "", "'results': '1'"),
+        *SHORT_ANSWERS,
         ("echo profile", "exit 3; echo profile", "failed in step `answer` .exit code 3"),
     ],
 )
