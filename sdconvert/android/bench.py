@@ -13,6 +13,7 @@ from sdconvert.android.image_time import image_time
 from sdconvert.android.loop_files import loop_of
 from sdconvert.android.loop_scores import closed_loop, loop_page, teacher_forced
 from sdconvert.android.manifest import GraphRecord, Manifest
+from sdconvert.android.markdown import table
 from sdconvert.android.measure import Job, Measured, measure
 from sdconvert.android.plausibility import doubt
 from sdconvert.android.scores import accuracy_figures, sustained_figures, timing_figures
@@ -170,7 +171,6 @@ def bench_columns(result: dict[str, Any]) -> tuple[str, ...]:
 
 def bench_page(result: dict[str, Any]) -> str:
     """Return the result as a page of Markdown."""
-    columns = bench_columns(result)
     device = result["device"] or {}
     lines = [
         f"# {result['model']} on {device.get('model', 'the simulator')}",
@@ -178,9 +178,7 @@ def bench_page(result: dict[str, Any]) -> str:
         f"SoC {result['soc']}, QAIRT {result['qairt']}, runner {result['runner']}.",
         *(f"\n**{note}**" for note in result["notes"]),
         "",
-        f"| {' | '.join(columns)} |",
-        f"|{'---|' * len(columns)}",
-        *(f"| {' | '.join(row)} |" for row in bench_rows(result)),
+        *table(bench_columns(result), bench_rows(result)),
         *sections(result),
         *loop_page(result, "" if result["is_device"] else " (no device)"),
     ]

@@ -3,6 +3,8 @@
 from collections.abc import Iterator
 from typing import Any
 
+from sdconvert.android.markdown import table
+
 
 def sections(result: dict[str, Any]) -> Iterator[str]:
     """Yield the lines of Markdown."""
@@ -31,11 +33,10 @@ def sections(result: dict[str, Any]) -> Iterator[str]:
 
 def _climate(result: dict[str, Any]) -> Iterator[str]:
     yield f"\nAt the start: {_told(result['climate'])}; {result['cooled_s']:.0f} s of rest before times were taken.\n"
-    yield "| graph | before | after |"
-    yield "|---|---|---|"
-    for graph in result["graphs"]:
-        if graph["climate"]:
-            yield f"| {graph['name']} | {_told(graph['climate'][0][0])} | {_told(graph['climate'][-1][1])} |"
+    told = [(graph["name"], graph["climate"]) for graph in result["graphs"] if graph["climate"]]
+    yield from table(
+        ("graph", "before", "after"), ((name, _told(pairs[0][0]), _told(pairs[-1][1])) for name, pairs in told)
+    )
 
 
 def _told(climate: dict[str, Any]) -> str:
@@ -49,7 +50,5 @@ def _ops(graph: str, profile: dict[str, Any]) -> Iterator[str]:
         f"The {len(profile['top'])} of {profile['ops']} ops with the most cycles, from a run of its own. Cycles are "
         "summed over the units of the NPU: they compare ops, and are no time.\n"
     )
-    yield "| op | cycles | share |"
-    yield "|---|---|---|"
-    for op in profile["top"]:
-        yield f"| `{op['op']}` | {op['cycles']:.0f} | {op['share']:.1%} |"
+    rows = ((f"`{op['op']}`", f"{op['cycles']:.0f}", f"{op['share']:.1%}") for op in profile["top"])
+    yield from table(("op", "cycles", "share"), rows)

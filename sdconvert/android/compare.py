@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from sdconvert.android.markdown import table
 from sdconvert.android.measure import Job
 from sdconvert.errors import UsageError
 from sdconvert.io.files import write_json_atomic, write_text_atomic
@@ -218,14 +219,11 @@ def compare_columns() -> tuple[str, ...]:
 
 def compare_page(comparison: dict[str, Any]) -> str:
     """Return the comparison as a page of Markdown."""
-    columns = compare_columns()
     lines = [
         f"# A: {comparison['models'][0]}, B: {comparison['models'][1]}, on {comparison['soc']}",
         *(f"\n**{note}**" for note in comparison["notes"]),
         "",
-        f"| {' | '.join(columns)} |",
-        f"|{'---|' * len(columns)}",
-        *(f"| {' | '.join(row)} |" for row in compare_rows(comparison)),
+        *table(compare_columns(), compare_rows(comparison)),
         "",
         f"B/A is the ratio of the medians, below 1 where B is faster, with its {_LEVEL} % interval; dB are those of "
         "the output that lost most.",

@@ -1,7 +1,7 @@
 """What a bench makes of drawn pictures and single steps: against fp32 and simulator, with times."""
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from sdconvert.android.closed_loop import ForcedStep, Round, draw_pictures, forc
 from sdconvert.android.executors import Executor
 from sdconvert.android.loop_files import loop_of, read_pictures
 from sdconvert.android.manifest import Manifest
+from sdconvert.android.markdown import table
 from sdconvert.android.scores import latency_figures
 from sdconvert.io.images import write_png
 from sdconvert.metrics import gradient_similarity_y, psnr_db, psnr_y, sqnr_db, ssim_y
@@ -115,7 +116,7 @@ def loop_page(result: Mapping[str, Any], whose: str) -> list[str]:
         ]
         called = ", ".join(f"{graph} {count}" for graph, count in loop["invocations"].items())
         lines += ["", "## Pictures, drawn in a closed loop", "", f"Starts of the runner: {called}.", ""]
-        lines += [*_table(columns, rows), ""]
+        lines += [*table(columns, rows), ""]
         lines += [f"![{name}]({figures['png']})" for name, figures in loop["pictures"].items()]
     if forced := result.get("teacher_forced"):
         forced_columns = ("step", "vs fp32 dB", "vs simulator dB", *(f"{graph} ms{whose}" for graph in _SAMPLED))
@@ -128,7 +129,7 @@ def loop_page(result: Mapping[str, Any], whose: str) -> list[str]:
             for step in forced["steps"]
         ]
         lines += ["", "## Noise predicted from where fp32 was, each step by itself", ""]
-        lines += _table(forced_columns, forced_rows)
+        lines += table(forced_columns, forced_rows)
     return lines
 
 
@@ -152,7 +153,3 @@ def _picture_cells(figures: Mapping[str, Any]) -> tuple[str, ...]:
     levels = (f"{figures[key]:.1f}" for key in ("psnr_db", "psnr_y_db"))
     similarities = (f"{figures[key]:.4f}" for key in ("ssim_y", "gradient_similarity_y"))
     return (*levels, *similarities, "equal" if figures["bit_equal"] else "differ")
-
-
-def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    return [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}", *(f"| {' | '.join(row)} |" for row in rows)]
