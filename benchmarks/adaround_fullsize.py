@@ -17,6 +17,7 @@ import platform
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -92,7 +93,7 @@ def one(folder: Path, scratch: Path, samples: int, budget_mib: int, layers: str)
     start, cpu = time.perf_counter(), time.process_time()
 
     def report(done: int, total: int, note: str) -> None:
-        print(f"{time.process_time() - cpu:8.1f} CPU s, {done} of {total} groups, {note}", file=sys.stderr, flush=True)
+        print(f"{time.process_time() - cpu:8.1f} CPU s, {done} of {total} groups, {note}", flush=True)
 
     settings = AdaRoundSettings(budget_bytes=budget_mib * MIB)
     result = adaround(traced, data, grids, settings, scratch, report=report)
@@ -120,20 +121,32 @@ def build_on_meta(folder: Path) -> Any:
         return build_pasd(config, {})
 
 
-def watch(command: list[str]) -> tuple[dict[str, Any], float]:
-    """Run a process; return what it printed and the most memory of its own that it had after it began."""
-    most = 0.0
+def watch(command: list[str]) -> tuple[dict[str, Any], float, str]:
+    """Run a process; return what it printed last, the most memory of its own after it began, and its line before that.
+
+    Lines are passed on with the most memory until the next one.
+    """
+    lines: list[str] = []
+    most, before, where = 0.0, 0.0, ""
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         process.stdout.readline()
+        reader = threading.Thread(target=lines.extend, args=(process.stdout,))
+        reader.start()
+        said = 0
         while process.poll() is None:
             time.sleep(0.02)
+            if len(lines) > said:
+                print(f"{lines[said].rstrip()}; at most {before:.0f} MiB until here", file=sys.stderr, flush=True)
+                said, before = said + 1, 0.0
             with suppress(OSError, StopIteration):  # it has ended meanwhile
-                most = max(most, own_mib(str(process.pid)))
-        text = process.stdout.read()
+                before = max(before, own_mib(str(process.pid)))
+            if before > most:
+                most, where = before, lines[said - 1].split(", ")[-1].strip() if said else "the beginning"
+        reader.join()
     if process.returncode:
         raise SystemExit(process.returncode)
-    return json.loads(text), most
+    return json.loads(lines[-1]), most, where
 
 
 def main() -> None:
@@ -163,10 +176,10 @@ def main() -> None:
             subprocess.run([sys.executable, str(script), str(folder), "--graph", "unet"], check=True)
         numbers = ("--samples", given.samples, "--budget-mib", given.budget_mib, "--threads", given.threads)
         command = [sys.executable, __file__, *map(str, numbers), "--layers", given.layers, "--one"]
-        found, most = watch([*command, str(folder / "unet"), str(given.scratch or Path(temporary) / "scratch")])
+        found, most, where = watch([*command, str(folder / "unet"), str(given.scratch or Path(temporary) / "scratch")])
     print(found["plan"])
     print(
-        f"memory: budget {given.budget_mib} MiB, taken {most - found['before_mib']:.0f} MiB; before it began "
+        f"memory: budget {given.budget_mib} MiB, taken {most - found['before_mib']:.0f} MiB (at `{where}`); before it began "
         f"{found['before_mib']:.0f} MiB; weights, mapped, {found['weights_mib']:.0f} MiB"
     )
     print(f"time: {found['cpu_s']:.0f} CPU s, {found['wall_s']:.0f} s; CPU s by part: ", end="")
