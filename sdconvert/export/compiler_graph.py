@@ -9,6 +9,7 @@ from sdconvert.export.factors import quantize_factors
 from sdconvert.export.integer_norms import write_norms_on_integers
 from sdconvert.export.integer_ops import quantize_silu
 from sdconvert.export.onnx_graph import to_onnx
+from sdconvert.export.shared_grids import share_grids
 from sdconvert.export.transposed_keys import take_keys_as_rows
 from sdconvert.quantize.artifact import Simulation
 
@@ -36,4 +37,5 @@ def graph_for_compiler(
         write_norms_on_integers(model)
     if keys_as_rows:
         take_keys_as_rows(model)
+    share_grids(model)
     return model
