@@ -135,6 +135,7 @@ def compile_and_print(given: argparse.Namespace, exported: dict[str, Any], path:
         f"compile for {given.soc}: {cpu:.0f} CPU s, {context.seconds:.0f} s, peak {context.peak_rss_bytes / MIB:.0f} "
         f"MiB; context {context.bin.stat().st_size / MIB:.0f} MiB, {context.cpu_nodes} nodes on the CPU"
     )
+    print(", ".join(f"{name} {seconds:.0f} s" for name, seconds in context.phases.items()))
     print(", ".join(f"{count} {kind}" for kind, count in sorted(read_nodes(context.bin).items(), key=lambda x: -x[1])))
 
 

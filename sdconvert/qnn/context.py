@@ -51,6 +51,8 @@ class Context:
     """Nodes of the EPContext model that are not contexts; a compiled graph has none."""
     seconds: float
     peak_rss_bytes: int
+    phases: dict[str, float]
+    """Seconds of the compiler's phases, in their order and by its own names."""
 
 
 def compile_context(
@@ -106,6 +108,7 @@ def compile_context(
         cpu_nodes=len(left),
         seconds=figures["seconds"],
         peak_rss_bytes=figures["peak_rss_bytes"],
+        phases=figures["phases"],
     )
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from sdconvert.errors import CompileError, EnvironmentProblem
+from sdconvert.qnn.phases import profile_path
 
 _PROVIDER = "QNNExecutionProvider"
 _FATAL_ONLY = 4
@@ -39,7 +40,7 @@ def has_npu() -> bool:
 def compiling_session(onnx: Path, ctx_onnx: Path, soc_model: int, finalization_mode: int, graphs: Path) -> Any:
     """Compile `onnx` for a SoC; its context is written as `ctx_onnx` and, beside it, `<stem>_qnn.bin`.
 
-    The folder `graphs` gets a description of the graph that was compiled, as JSON.
+    The folder `graphs` gets a description of the graph that was compiled, as JSON, and the compiler's profile.
     """
     entries = {"ep.context_enable": "1", "ep.context_file_path": str(ctx_onnx), "ep.context_embed_mode": "0"}
     provider = {
@@ -49,6 +50,8 @@ def compiling_session(onnx: Path, ctx_onnx: Path, soc_model: int, finalization_m
         "offload_graph_io_quantization": "0",
         "dump_json_qnn_graph": "1",
         "json_qnn_graph_dir": str(graphs),
+        "profiling_level": "detailed",
+        "profiling_file_path": str(profile_path(graphs)),
     }
     return _session(onnx, entries, provider)
 

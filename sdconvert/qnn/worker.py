@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 from sdconvert.qnn.nodes import count_nodes
+from sdconvert.qnn.phases import read_phases
 from sdconvert.qnn.session import compiling_session, dlc_session
 
 
@@ -23,7 +24,7 @@ def _peak_rss_bytes() -> int:
 
 
 def main(arguments: list[str]) -> None:
-    """Compile as told and write `{"seconds", "peak_rss_bytes", "nodes"}` as JSON to RESULT; paths are absolute."""
+    """Compile as told and write `{"seconds", "peak_rss_bytes", "phases", "nodes"}` as JSON to RESULT; paths are absolute."""
     onnx, ctx_onnx, result, soc_model, mode, *dlc = arguments
     start = time.perf_counter()
     # The graph's name inside of the context is a hash of the path as given: a bare name gives the same bytes anywhere.
@@ -32,12 +33,12 @@ def main(arguments: list[str]) -> None:
         name, folder = Path(Path(onnx).name), Path(graphs)
         compiling_session(name, Path(ctx_onnx), int(soc_model), int(mode), folder)
         figures = {"seconds": time.perf_counter() - start, "peak_rss_bytes": _peak_rss_bytes()}
-        nodes = count_nodes(folder)
+        nodes, phases = count_nodes(folder), read_phases(folder)
         for path in dlc:
             dlc_session(name, int(soc_model), folder)
             (written,) = folder.glob("*.dlc")
             written.replace(path)
-    Path(result).write_text(json.dumps({**figures, "nodes": nodes}))
+    Path(result).write_text(json.dumps({**figures, "phases": phases, "nodes": nodes}))
 
 
 if __name__ == "__main__":

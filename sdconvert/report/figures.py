@@ -216,6 +216,7 @@ def _contexts(qnn: QnnArtifact) -> list[dict[str, Any]]:
             "cpu_nodes": context.cpu_nodes,
             "compile_seconds": context.seconds,
             "compile_peak_rss_bytes": context.peak_rss_bytes,
+            "compile_phases": context.phases,
             "bytes": context.bin.stat().st_size,
         }
         for (graph, soc), context in qnn.contexts.items()

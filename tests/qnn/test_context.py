@@ -51,6 +51,8 @@ def test_files_figures_and_nothing_else(compiled: Compiled) -> None:
     assert not list(context.bin.parent.glob(".partial-*"))
     assert 0 < context.seconds < 60
     assert 50e6 < context.peak_rss_bytes < 2e9
+    assert list(context.phases)[:2] == ["Graph Preparation Initializing", "Graph Optimizations"]
+    assert 0 < sum(context.phases.values()) < context.seconds
 
 
 def test_a_dlc_of_the_same_graph_is_written_on_demand(compiled: Compiled, tmp_path: Path) -> None:
