@@ -179,8 +179,8 @@ def main() -> None:
         found, most, where = watch([*command, str(folder / "unet"), str(given.scratch or Path(temporary) / "scratch")])
     print(found["plan"])
     print(
-        f"memory: budget {given.budget_mib} MiB, taken {most - found['before_mib']:.0f} MiB (at `{where}`); before it began "
-        f"{found['before_mib']:.0f} MiB; weights, mapped, {found['weights_mib']:.0f} MiB"
+        f"memory: budget {given.budget_mib} MiB, taken {most - found['before_mib']:.0f} MiB (at `{where}`); "
+        f"before it began {found['before_mib']:.0f} MiB; weights, mapped, {found['weights_mib']:.0f} MiB"
     )
     print(f"time: {found['cpu_s']:.0f} CPU s, {found['wall_s']:.0f} s; CPU s by part: ", end="")
     print(", ".join(f"{name} {seconds:.0f}" for name, seconds in found["parts"].items()))

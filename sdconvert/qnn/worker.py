@@ -24,7 +24,7 @@ def _peak_rss_bytes() -> int:
 
 
 def main(arguments: list[str]) -> None:
-    """Compile as told and write `{"seconds", "peak_rss_bytes", "phases", "nodes"}` as JSON to RESULT; paths are absolute."""
+    """Compile as told and write what it took, its phases and the nodes as JSON to RESULT; paths are absolute."""
     onnx, ctx_onnx, result, soc_model, mode, *dlc = arguments
     start = time.perf_counter()
     # The graph's name inside of the context is a hash of the path as given: a bare name gives the same bytes anywhere.
