@@ -10,11 +10,11 @@ import inspect
 import json
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from sdconvert.artifacts import Manifest, RunFolder, describe_outputs
 from sdconvert.config import Recipe, did_you_mean, dump_recipe
@@ -120,6 +120,33 @@ class StagePlan:
     state: Literal["reuse", "run"]
     why: str
     last: Manifest | None
+
+
+@dataclass(frozen=True)
+class Need:
+    """Memory that the largest process of a stage is expected to take.
+
+    Attributes:
+        bytes: By experience with models of other sizes.
+        of: What takes it, as a user knows it.
+        hint: What would take less.
+    """
+
+    bytes: int
+    of: str
+    hint: str
+
+
+@runtime_checkable
+class Estimating(Protocol):
+    """A stage whose memory grows with the model, as was measured."""
+
+    @property
+    def name(self) -> str:
+        """As of every stage."""
+
+    def need(self, recipe: Recipe, parameters: Mapping[str, int]) -> Need:
+        """Return what it will take for models of so many parameters."""
 
 
 class Titled(Protocol):

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from sdconvert.adapters.base import AdapterRegistry
 from sdconvert.errors import CheckpointError, UnsupportedModelError
-from sdconvert.io.tensors import load_tensors, weights_file
+from sdconvert.io.tensors import load_tensors
+from sdconvert.io.weights_index import weights_file
 from sdconvert.models.config_json import making_model, read_config
 from sdconvert.models.pasd import build_like_pasd
 

@@ -5,11 +5,13 @@ from pathlib import Path
 
 from torch import nn
 
+from sdconvert.checkpoint.source import WEIGHTS_STEMS
 from sdconvert.config import LoraSection
-from sdconvert.io.tensors import save_tensors, weights_file
+from sdconvert.io.tensors import save_tensors
+from sdconvert.io.weights_index import weights_file
 from sdconvert.plugins import fuse_lora
 
-STEMS = {"unet": "diffusion_pytorch_model", "controlnet": "diffusion_pytorch_model", "text_encoder": "model"}
+STEMS = {name: WEIGHTS_STEMS[name] for name in ("unet", "controlnet", "text_encoder")}
 """Names of the weights files of the models that a LoRA can change."""
 
 

@@ -1,12 +1,17 @@
-"""Where a recipe's checkpoint lies."""
+"""Where a recipe's checkpoint lies, and how large its models are."""
 
+from math import prod
 from pathlib import Path
 
 from sdconvert.assets import asset_path
 from sdconvert.errors import CheckpointError
+from sdconvert.io.weights_index import read_index, weights_file
 
+_DIFFUSERS = "diffusion_pytorch_model"
 PARTS = ("unet", "controlnet", "vae", "text_encoder", "tokenizer", "scheduler")
 """Folders of a diffusers folder of PASD."""
+WEIGHTS_STEMS = {"unet": _DIFFUSERS, "controlnet": _DIFFUSERS, "vae": _DIFFUSERS, "text_encoder": "model"}
+"""Names of the models' weights files."""
 
 
 def resolve_checkpoint(path: str) -> Path:
@@ -27,3 +32,13 @@ def resolve_checkpoint(path: str) -> Path:
             hint=f"a PASD folder holds {', '.join(PARTS)}",
         )
     return folder
+
+
+def count_parameters(folder: Path) -> dict[str, int]:
+    """How many parameters each model of a PASD folder has; safetensors are not read for that, only their headers.
+
+    Raises:
+        CheckpointError: A model has no weights, or its file is damaged.
+    """
+    files = {part: weights_file(folder / part, stem) for part, stem in WEIGHTS_STEMS.items()}
+    return {part: sum(map(prod, read_index(file).shapes.values())) for part, file in files.items()}

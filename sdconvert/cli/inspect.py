@@ -125,7 +125,7 @@ def _weights(path: Path) -> Summary:
 
 
 def _model(path: Path) -> Summary:
-    from sdconvert.io.tensors import weights_file
+    from sdconvert.io.weights_index import weights_file
 
     is_transformers = (path / "model.safetensors").is_file() or (path / "pytorch_model.bin").is_file()
     data, table = _weights(weights_file(path, "model" if is_transformers else "diffusion_pytorch_model"))

@@ -18,6 +18,7 @@ from sdconvert.export.blocks import cut_into_blocks
 from sdconvert.export.compiler_graph import graph_for_compiler
 from sdconvert.export.float_graph import to_float_onnx
 from sdconvert.export.io_manifest import describe_io
+from sdconvert.export.needs import bytes_to_export
 from sdconvert.export.parts import cut_into_parts, part_answers
 from sdconvert.io.encodings import write_encodings
 from sdconvert.io.files import write_json_atomic
@@ -29,9 +30,6 @@ from sdconvert.quantize.artifact import QuantizeArtifact, Simulation
 from sdconvert.stages import StageContext
 
 _INLINE_BYTES = 1 << 30
-# A process that exports a small graph took 1.5 GiB. Weights are there as model, simulation, traced and ONNX graph; how
-# many copies a large model really takes was not measured.
-_PROCESS_BYTES, _COPIES = 2 << 30, 6
 
 
 def run(context: StageContext) -> dict[str, Any]:
@@ -42,7 +40,7 @@ def run(context: StageContext) -> dict[str, Any]:
     found: dict[str, tuple[dict[str, float], Mapping[str, int]]] = {}
     context.report.step(0, len(tasks), ", ".join(GRAPHS))
     weights = QuantizeArtifact(context.run.stage_folder("30-quantize")).weight_bytes()
-    for index, result in in_processes(tasks, jobs_for(_PROCESS_BYTES + _COPIES * max(weights.values()))):
+    for index, result in in_processes(tasks, jobs_for(bytes_to_export(max(weights.values())))):
         found[order[index]] = result
         if len(found) < len(tasks):
             context.report.step(len(found), len(tasks), f"exported {order[index]}")

@@ -1,10 +1,14 @@
 """Write every graph as ONNX, and compare ONNX Runtime with the simulation and with fp32."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from sdconvert.config import Recipe
-from sdconvert.stages import StageContext
+from sdconvert.export.needs import bytes_to_export
+from sdconvert.stages import Need, StageContext
+
+_FP32_BYTES = 4
 
 
 class ExportStage:
@@ -24,6 +28,14 @@ class ExportStage:
     def inputs(self, recipe: Recipe) -> dict[str, Path]:
         """See `Stage.inputs`."""
         return {}
+
+    def need(self, recipe: Recipe, parameters: Mapping[str, int]) -> Need:
+        """See `Estimating.need`."""
+        largest = max(parameters, key=lambda part: parameters[part])
+        needed = bytes_to_export(_FP32_BYTES * parameters[largest])
+        return Need(
+            needed, f"{largest}, {parameters[largest]:,} parameters", "a graph is exported whole, on a larger machine"
+        )
 
     def run(self, context: StageContext) -> dict[str, Any]:
         """See `Stage.run`."""

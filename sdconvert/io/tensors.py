@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from sdconvert.errors import CheckpointError, UsageError
+from sdconvert.errors import UsageError
 from sdconvert.io.files import atomic_file, disk_full, is_disk_full
 from sdconvert.io.stored_tensor import damaged, flat_tensors
 from sdconvert.io.weights_index import WEIGHTS_SUFFIXES, read_index, require_weights_file
@@ -128,30 +128,6 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[st
             if is_disk_full(error):
                 raise disk_full(path.parent) from error
             raise
-
-
-def weights_file(folder: Path, stem: str = "diffusion_pytorch_model") -> Path:
-    """Find `<stem>.safetensors` or `<stem>.bin` in a model folder; safetensors wins.
-
-    Args:
-        folder: A component folder of a diffusers or transformers checkpoint.
-        stem: `diffusion_pytorch_model`; for transformers, `model` also finds `pytorch_model.bin`.
-
-    Raises:
-        CheckpointError: No such folder or file; the message lists what is there.
-    """
-    if not folder.is_dir():
-        raise CheckpointError(f"`{folder}` is not a folder", hint="give the folder that holds config.json and weights")
-    pickle_stem = "pytorch_model" if stem == "model" else stem
-    names = (f"{stem}.safetensors", f"{pickle_stem}.bin")
-    for name in names:
-        if (folder / name).is_file():
-            return folder / name
-    there = ", ".join(sorted(entry.name for entry in folder.iterdir())) or "nothing"
-    raise CheckpointError(
-        f"`{folder}` holds neither {names[0]} nor {names[1]}; it holds {there}",
-        hint="download the weights of this component, or name the right folder",
-    )
 
 
 def _load_pickle(path: Path) -> dict[str, Tensor]:

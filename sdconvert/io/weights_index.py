@@ -236,6 +236,30 @@ def write_weights(
     return folder / index
 
 
+def weights_file(folder: Path, stem: str = "diffusion_pytorch_model") -> Path:
+    """Find `<stem>.safetensors` or `<stem>.bin` in a model folder; safetensors wins.
+
+    Args:
+        folder: A component folder of a diffusers or transformers checkpoint.
+        stem: `diffusion_pytorch_model`; for transformers, `model` also finds `pytorch_model.bin`.
+
+    Raises:
+        CheckpointError: No such folder or file; the message lists what is there.
+    """
+    if not folder.is_dir():
+        raise CheckpointError(f"`{folder}` is not a folder", hint="give the folder that holds config.json and weights")
+    pickle_stem = "pytorch_model" if stem == "model" else stem
+    names = (f"{stem}.safetensors", f"{pickle_stem}.bin")
+    for name in names:
+        if (folder / name).is_file():
+            return folder / name
+    there = ", ".join(sorted(entry.name for entry in folder.iterdir())) or "nothing"
+    raise CheckpointError(
+        f"`{folder}` holds neither {names[0]} nor {names[1]}; it holds {there}",
+        hint="download the weights of this component, or name the right folder",
+    )
+
+
 def require_weights_file(path: Path) -> None:
     """Check that there is a file, and that its name ends as those of weights do.
 

@@ -18,7 +18,8 @@ from torch import nn
 
 from sdconvert.errors import CheckpointError
 from sdconvert.io.files import write_json_atomic
-from sdconvert.io.tensors import load_tensors, save_tensors, tensor_shapes, weights_file
+from sdconvert.io.tensors import load_tensors, save_tensors, tensor_shapes
+from sdconvert.io.weights_index import weights_file
 from sdconvert.models.config_json import making_model, read_config
 from sdconvert.models.controlnet import ConditioningPlugin
 from sdconvert.models.pixel_attention import LightPixelAttentionPlugin, PixelAttentionPlugin

@@ -12,7 +12,8 @@ from typing import Any
 from torch import Tensor
 
 from sdconvert.errors import CheckpointError
-from sdconvert.io.tensors import iterate_tensors, tensor_shapes, weights_file
+from sdconvert.io.tensors import iterate_tensors, tensor_shapes
+from sdconvert.io.weights_index import weights_file
 from sdconvert.models.config_json import read_config
 
 Shapes = dict[str, tuple[int, ...]]

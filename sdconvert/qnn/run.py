@@ -14,12 +14,11 @@ from sdconvert.qnn.context import Context, compile_context
 from sdconvert.qnn.fidelity import measure_blocks
 from sdconvert.qnn.gates import BLOCK_MEASURE, MEASURES, gate_of, missed_gates, worst_block, worst_ratio
 from sdconvert.qnn.io_check import require_io
+from sdconvert.qnn.needs import bytes_to_compile
 from sdconvert.qnn.simulate import Road, simulate_answers, simulate_picture, simulate_response, simulate_steps
 from sdconvert.soc import find_soc
 from sdconvert.stages import StageContext
 
-# Of the HTP compiler, per byte of the Q/DQ graph: 0.94 GB were seen for 58 MB, 6 GB for 220 MB.
-_COMPILER_BYTES = 30
 # A process that simulates the small model took 1.3 GiB; a picture has every context beside the model in fp32. What a
 # large one takes was not measured.
 _PROCESS_BYTES, _COPIES = 2 << 30, 6
@@ -48,7 +47,7 @@ def _compile(context: StageContext) -> list[Context]:
     contexts: dict[int, Context] = {}
     context.report.step(0, len(tasks), f"compile {len(graphs)} graphs for {', '.join(soc.name for soc in socs)}")
     largest = max(exported.graph_bytes(graph) for graph in graphs)
-    for index, compiled in in_threads(tasks, jobs_for(_COMPILER_BYTES * largest)):
+    for index, compiled in in_threads(tasks, jobs_for(bytes_to_compile(largest))):
         require_io(compiled, exported.io(compiled.graph))
         contexts[index] = compiled
         if len(contexts) < len(tasks):

@@ -1,10 +1,12 @@
 """Compile every graph for every SoC, then run the compiled binaries in the HTP simulator on held-out inputs."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from sdconvert.config import Recipe
-from sdconvert.stages import StageContext
+from sdconvert.qnn.needs import SIMULATING_BYTES, bytes_to_compile
+from sdconvert.stages import Need, StageContext
 
 
 class QnnStage:
@@ -25,6 +27,18 @@ class QnnStage:
     def inputs(self, recipe: Recipe) -> dict[str, Path]:
         """See `Stage.inputs`."""
         return {}
+
+    def need(self, recipe: Recipe, parameters: Mapping[str, int]) -> Need:
+        """See `Estimating.need`; of the compiler, with the parts of a split graph taken as equal."""
+        parts = dict.fromkeys(parameters, 1) | {graph: 1 + len(cuts) for graph, cuts in recipe.export.split.items()}
+        largest = max(parameters, key=lambda graph: parameters[graph] / parts[graph])
+        compiling = bytes_to_compile(parameters[largest] * recipe.quantize.weight_bitwidth // 8 // parts[largest])
+        cut = f" in {parts[largest]} parts" if parts[largest] > 1 else ""
+        return Need(
+            max(compiling, SIMULATING_BYTES),
+            f"{largest}{cut}, {parameters[largest]:,} parameters",
+            f"cut `{largest}` with `export.split`",
+        )
 
     def run(self, context: StageContext) -> dict[str, Any]:
         """See `Stage.run`."""

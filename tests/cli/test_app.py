@@ -131,7 +131,7 @@ def test_a_plan_is_what_the_run_then_does(build: str) -> None:
     stages = {stage["stage"]: stage for stage in json.loads(again.stdout)["stages"]}
     assert [stage["state"] for stage in stages.values()] == ["reuse"] * 5 + ["run"] * 3
     assert stages["50-export"]["last"]["disk_bytes"] > 0
-    assert stages["60-qnn"] == {"stage": "60-qnn", "state": "run", "why": "no result yet", "last": None}
+    assert stages["60-qnn"] == {"stage": "60-qnn", "state": "run", "why": "no result yet", "last": None, "need": None}
 
 
 def test_a_run_closes_with_table_report_and_next_command(build: str) -> None:

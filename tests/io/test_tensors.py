@@ -10,7 +10,8 @@ from stored_weights import layouts, same
 from torch import Tensor
 
 from sdconvert.errors import CheckpointError, EnvironmentProblem, UsageError
-from sdconvert.io.tensors import load_tensors, save_tensors, tensor_shapes, weights_file
+from sdconvert.io.tensors import load_tensors, save_tensors, tensor_shapes
+from sdconvert.io.weights_index import weights_file
 
 FORMATS = [".safetensors", ".pth", ".pt", ".bin"]
 
