@@ -1,7 +1,7 @@
 """What exporting a graph takes in memory."""
 
 # A process that exports a small graph took 1.5 GiB, with a ControlNet and a UNet of Stable Diffusion's size 4.0 and
-# 9.7 GiB for 1.35 and 4.2 GiB of weights (`benchmarks/compile_fullsize.py`).
+# 9.7 GiB for 1.3 and 4.1 GiB of weights (`benchmarks/compile_fullsize.py`).
 _PROCESS_BYTES, _COPIES = 7 << 28, 2
 
 
