@@ -5,6 +5,7 @@ in memory, the moments and what a solver needs. Not in it: the runtime, the mode
 that the caller holds.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -23,6 +24,7 @@ _FLOAT = 4
 _INPUTS = 4  # tensors of the size of a layer's input while it is measured
 _ROW_ARRAYS = 14  # matrices (channels, columns) that a solver has at once
 _BLOCK_ARRAYS = 8  # matrices (block, block), those of LAPACK included
+_HOLES = 1 / 32  # between tensors that come and go: malloc's share of a budget, of which 3 % were seen
 _CODE_BYTES = 4  # of each weight of the layer: its code, and the nearest one
 _MOST_CHUNK, _LEAST_CHUNK = 1024, 16
 _LEAST_CHANNELS = 8
@@ -172,30 +174,36 @@ def make_plan(
     block_plans = tuple(_plan_block(block, quantizers=quantizers) for block in blocks)
     stored = max((block.stored_bytes for block in block_plans), default=0) // _FLOAT
     frontier = samples * (_frontier_items(segmented) + stored) * item_bytes
+    usable = int(budget_bytes * (1 - _HOLES))
     # Disk serves the store well, as it is read in order; moments are faster in memory.
-    store_bytes = min(frontier, budget_bytes // 4, budget_bytes - sample_bytes)
+    store_bytes = min(frontier, usable // 4, usable - sample_bytes)
     if store_bytes < 0:
+        needed = _with_holes(sample_bytes)
         raise BudgetError(
-            f"one sample takes {sample_bytes / MIB:.1f} MiB where the graph is widest, beside rounded weights, "
+            f"one sample takes {needed / MIB:.1f} MiB where the graph is widest, beside rounded weights, "
             f"the budget is {budget_bytes / MIB:.1f} MiB",
-            hint=f"give at least {sample_bytes / MIB:.1f} MiB, or calibrate on smaller tiles",
+            hint=f"give at least {needed / MIB:.1f} MiB, or calibrate on smaller tiles",
         )
     counts = samples - held_out, held_out
     for block in block_plans:
-        if block.peak_bytes + store_bytes > budget_bytes:
-            needed = block.peak_bytes + store_bytes
+        if block.peak_bytes + store_bytes > usable:
+            needed = _with_holes(block.peak_bytes + store_bytes)
             raise BudgetError(
                 f"the {block.layers} layers of block `{block.name}` need {needed / MIB:.1f} MiB together, "
                 f"the budget is {budget_bytes / MIB:.1f} MiB",
                 hint=f"give at least {needed / MIB:.1f} MiB, reconstruct smaller blocks, or leave it at moments",
             )
-    groups = [_plan_group(group, counts, budget_bytes - store_bytes, budget_bytes) for group in segmented.groups]
+    groups = [_plan_group(group, counts, usable - store_bytes, budget_bytes) for group in segmented.groups]
     tiles = max((g.moments.disk_bytes + (g.held_out.disk_bytes if g.held_out else 0) for g in groups), default=0)
-    peak = store_bytes + max(
-        [sample_bytes, *(one.peak_bytes for one in groups), *(one.peak_bytes for one in block_plans)]
+    peak = _with_holes(
+        store_bytes + max([sample_bytes, *(one.peak_bytes for one in groups), *(one.peak_bytes for one in block_plans)])
     )
     disk = max(0, frontier - store_bytes) + tiles
     return Plan(tuple(groups), samples, held_out, sample_bytes, store_bytes, peak, disk, block_plans)
+
+
+def _with_holes(size: int) -> int:
+    return math.ceil(size / (1 - _HOLES))
 
 
 def _plan_block(block: Block, *, quantizers: bool) -> BlockPlan:
@@ -264,7 +272,7 @@ def _plan_group(group: RoundedGroup, samples: tuple[int, int], available: int, b
         if isinstance(plan, GroupPlan):
             return plan
         least = plan
-    needed = least + budget - available
+    needed = _with_holes(least) + budget - _with_holes(available)
     raise BudgetError(
         f"`{group.layers[0].name}` with {shape.columns} inputs per output needs {needed / MIB:.1f} MiB, "
         f"the budget is {budget / MIB:.1f} MiB",
