@@ -6,8 +6,9 @@ python benchmarks/adaround_fullsize.py [--samples 1] [--budget-mib 1024] [--thre
 Latents of 64x64, weights of `scripts/make_fullsize.py` (4.4 GB, written to a temporary folder unless there is one).
 The whole UNet is the graph, and the layers whose names begin with `--layers` are rounded to 4 bits per channel. Weights
 are mapped from their file: what the system counts as the process's own (`RssAnon`) is all the rest, and another
-process watches it, from behind a first forward. Time grows by one constant per sample; solving does not depend on their number. With `--scratch` a
-run that was stopped goes on behind the groups that it had finished; its time is then that of the rest.
+process watches it, from behind a first forward. Time grows by one constant per sample; solving does not depend on
+their number. With `--scratch` a run that was stopped goes on behind the groups that it had finished; its time is then
+that of the rest.
 """
 
 import argparse
