@@ -11,8 +11,8 @@ from adb_rig import Rig
 from sdconvert.android.adb import Adb
 from sdconvert.android.bench import bench, bench_columns, bench_rows
 from sdconvert.android.device import ask_phone
-from sdconvert.android.image_time import image_time
-from sdconvert.android.manifest import Manifest
+from sdconvert.android.image_time import calls_per_picture, image_time
+from sdconvert.android.manifest import ChainRecord, Manifest
 from sdconvert.android.measure import Job
 from sdconvert.android.push import local_file
 from sdconvert.android.runners import PhoneRunner, SimulatorRunner
@@ -105,6 +105,22 @@ def test_a_picture_costs_every_step_and_one_decoding(manifest: Manifest) -> None
     assert image_time(road, times) is None
     assert image_time(manifest, {"gate": 1.0}) is None
     assert image_time(road.model_copy(update={"scheduler": {}}), times | {"unet": 70.0}) is None
+
+
+def test_a_picture_costs_every_part_of_a_split_graph(manifest: Manifest) -> None:
+    graph = manifest.graphs[0]
+    names = ("controlnet", "unet_1", "unet_2", "vae_decoder")
+    chain = ChainRecord(name="unet", parts=("unet_1", "unet_2"), outputs=("out_sample",))
+    graphs = tuple(graph.model_copy(update={"name": name}) for name in names)
+    road = manifest.model_copy(
+        update={"graphs": graphs, "chains": (chain,), "scheduler": {"timesteps": list(range(20))}}
+    )
+    times = {"controlnet": 30.0, "unet_1": 30.0, "unet_2": 40.0, "vae_decoder": 200.0}
+    told = image_time(road, times)
+    assert told == {"seconds": pytest.approx(2.2), "steps": 20, "formula": "20 x (controlnet + unet) + vae_decoder"}
+    assert [calls_per_picture(road, name) for name in names] == [20, 20, 20, 1]
+    del times["unet_1"]
+    assert image_time(road, times) is None
 
 
 def test_answers_that_make_no_sense_are_refused(bundle: Path, manifest: Manifest) -> None:
