@@ -5,22 +5,27 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import onnx
 import pytest
 import torch
 from adb_rig import Rig, until
-from bundle_request import BundleRequest
+from bundle_request import GATE, BundleRequest
 from phone import Phone
 from quick_runner import QUICK, SHORT_ANSWERS
 from torch import Tensor
 
 from sdconvert.android.adb import Adb
+from sdconvert.android.bundle import Sample
 from sdconvert.android.device_loop import PhoneExecutor
 from sdconvert.android.device_run import run_script
-from sdconvert.android.manifest import Manifest
+from sdconvert.android.executors import ChainExecutor
+from sdconvert.android.manifest import ChainRecord, Manifest
 from sdconvert.android.profile import EXECUTE, Profile
 from sdconvert.android.push import PushReport, device_files, local_file, push
 from sdconvert.errors import DeviceError, DeviceFullError, DeviceLostError, DeviceTimeoutError, UsageError
+from sdconvert.qnn.context import compile_context
 from sdconvert.qnn.simulator import Simulator
+from sdconvert.soc import find_soc
 
 REMOTE = "/data/local/tmp/sdconvert"
 SHAPE = (1, 3, 8, 8)
@@ -64,7 +69,7 @@ class Loop:
 
 @pytest.fixture(scope="module")
 def two_graphs(asked: BundleRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same graph under two names."""
+    """The same graph under two names, and one that goes on from its answer as the other part of a model."""
     folder = tmp_path_factory.mktemp("two")
     contexts, samples = [], []
     for graph in ("gate", "second"):
@@ -76,7 +81,13 @@ def two_graphs(asked: BundleRequest, tmp_path_factory: pytest.TempPathFactory) -
         model.write_bytes(context.ctx_onnx.read_bytes())
         contexts.append(replace(context, graph=graph, bin=binary, ctx_onnx=model))
         samples += [replace(one, id=f"{graph}-{one.id}", graph=graph, sim={}) for one in asked.samples]
-    return BundleRequest(contexts, samples).write(folder / "bundle")
+    model = onnx.parser.parse_model(GATE.replace("out_sample", "y").replace("residual", "out_sample"))
+    onnx.save(model, folder / "tail.onnx")
+    contexts.append(compile_context(folder / "tail.onnx", folder / "tail", find_soc("SM8650")))
+    given = dict(zip(("latent", "out_sample"), asked.samples[0].inputs.values(), strict=True))
+    samples.append(Sample("tail-0", "tail", given, {"y": asked.samples[0].fp32["out_sample"]}))
+    chain = ChainRecord(name="net", parts=("gate", "tail"), outputs=("y",))
+    return BundleRequest(contexts, samples).write(folder / "bundle", chains=[chain])
 
 
 @pytest.fixture
@@ -108,6 +119,13 @@ def test_a_chain_on_the_phone_is_the_chain_in_the_simulator(loop: Loop, asked: B
         residual = simulator(calls[1 - index])["out_sample"]
         assert torch.equal(answer["out_sample"], simulator(call(index + 2, residual=residual))["out_sample"])
     assert "residual:=../loop/answer/gate/Result_1/out_sample.raw" in loop.path("second.txt").read_text().split("\n")[0]
+    # A model in two parts, as a loop asks for it.
+    found = ChainExecutor(executor, loop.manifest).execute("net", calls, keep=False)
+    tail = Simulator(loop.bundle / "models/SM8650/tail.ctx.onnx")
+    for asked_for, answer in zip(calls, found.outputs, strict=True):
+        between = simulator(asked_for)["out_sample"]
+        assert torch.equal(answer["y"], tail({"latent": asked_for["latent"], "out_sample": between})["y"])
+    assert loop.path("tail.txt").read_text().count("out_sample:=../loop/answer/gate/Result_") == 2
 
 
 def test_what_a_call_needs_is_sent_once_and_checked_each_time(loop: Loop) -> None:
