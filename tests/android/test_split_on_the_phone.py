@@ -1,6 +1,7 @@
 """A UNet in two parts behind adb: five graphs of the road on small latents, packaged, drawn on the rig's phone, scored.
 
-What has to come back was computed without `sdconvert.android`: the pipeline's own sampling over `qnn`'s chain.
+What has to come back was computed without `sdconvert.android`: the pipeline's own sampling over `qnn`'s chain. Six
+minutes of one core, half of it for the UNet's export.
 """
 
 import os
