@@ -6,12 +6,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from sdconvert.android.artifact import RESULT, RESULT_VERSION
 from sdconvert.android.bench_sections import sections
 from sdconvert.android.climate import SCATTER
 from sdconvert.android.image_time import image_time
 from sdconvert.android.loop_files import loop_of
-from sdconvert.android.loop_scores import closed_loop, loop_page, teacher_forced
+from sdconvert.android.loop_scores import PICTURES, closed_loop, loop_page, teacher_forced
 from sdconvert.android.manifest import GraphRecord, Manifest
 from sdconvert.android.markdown import table
 from sdconvert.android.measure import Job, Measured, measure
@@ -19,7 +21,8 @@ from sdconvert.android.plausibility import doubt
 from sdconvert.android.scores import accuracy_figures, sustained_figures, timing_figures
 from sdconvert.android.timing import LoopMode, Plan
 from sdconvert.errors import DeviceError
-from sdconvert.io.files import sha256_file, write_json_atomic, write_text_atomic
+from sdconvert.io.files import atomic_folder, sha256_file, write_json_atomic, write_text_atomic
+from sdconvert.io.images import write_png
 
 PAGE = "bench.md"
 
@@ -39,13 +42,22 @@ def bench(jobs: Sequence[Job], outs: Sequence[Path], plan: Plan) -> list[dict[st
     for job in jobs if plan.loops else ():
         loop_of(job.manifest)
     session = secrets.token_hex(8)
-    results = []
-    for job, found, out in zip(jobs, measure(jobs, plan), outs, strict=True):
-        result = _result(job, found, session) | _sampled(job, plan, out)
-        write_json_atomic(result, out / RESULT)
-        write_text_atomic(bench_page(result), out / PAGE)
-        results.append(result)
-    return results
+    results = [_result(job, found, session) for job, found in zip(jobs, measure(jobs, plan), strict=True)]
+    sampled = [_sampled(job, plan) for job in jobs]
+    # Not before everything is there: a result that is interrupted would stand beside pictures of another one.
+    whole = [result | figures for result, (figures, _) in zip(results, sampled, strict=True)]
+    for result, (_, pictures), out in zip(whole, sampled, outs, strict=True):
+        _write(result, pictures, out)
+    return whole
+
+
+def _write(result: dict[str, Any], pictures: Mapping[str, Tensor], out: Path) -> None:
+    if pictures:
+        with atomic_folder(out / PICTURES) as folder:
+            for name, picture in pictures.items():
+                write_png(picture, folder / name)
+    write_json_atomic(result, out / RESULT)
+    write_text_atomic(bench_page(result), out / PAGE)
 
 
 def _result(job: Job, found: Measured, session: str) -> dict[str, Any]:
@@ -75,16 +87,17 @@ def _result(job: Job, found: Measured, session: str) -> dict[str, Any]:
     return result
 
 
-def _sampled(job: Job, plan: Plan, out: Path) -> dict[str, Any]:
-    """Sample the test pictures; last of all, for it warms the device."""
+def _sampled(job: Job, plan: Plan) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Sample the test pictures, last of all, for it warms the device; figures, and the pictures by file name."""
     where_it_can: tuple[LoopMode, ...] = ("closed", "teacher-forced") if job.manifest.loop else ()
     loops = where_it_can if plan.loops is None else plan.loops
     executor, found = job.runner.executor(job.bundle, job.manifest), dict[str, Any]()
+    pictures: dict[str, Tensor] = {}
     if "closed" in loops:
-        found["closed_loop"] = closed_loop(job.bundle, job.manifest, executor, job.runner.soc, out)
+        found["closed_loop"], pictures = closed_loop(job.bundle, job.manifest, executor, job.runner.soc)
     if "teacher-forced" in loops:
         found["teacher_forced"] = teacher_forced(job.bundle, job.manifest, executor, job.runner.soc)
-    return found
+    return found, pictures
 
 
 def _doubts(job: Job, median_ms: Mapping[str, float]) -> list[str]:

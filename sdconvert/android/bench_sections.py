@@ -14,6 +14,9 @@ def sections(result: dict[str, Any]) -> Iterator[str]:
     if result["climate"]["status"] is not None or result["climate"]["celsius"]:
         yield from _climate(result)
     for graph in result["graphs"]:
+        [latency] = graph["latency"].values()
+        if result["is_device"] and (npu := latency.get("npu")):
+            yield f"\n`{graph['name']}` on the NPU alone: p50 {npu['p50_ms']:.3f} ms, p90 {npu['p90_ms']:.3f} ms."
         if graph["counters"]:
             told = ", ".join(f"{name}: {value:g}" for name, value in graph["counters"].items())
             yield f"\n`{graph['name']}`: {told}."

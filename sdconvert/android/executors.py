@@ -84,7 +84,7 @@ class ChainExecutor:
         chain, tensors, times = self._chains[graph], [dict(call) for call in calls], [0.0] * len(calls)
         for part in chain.parts:
             record = self._graphs[part]
-            own = [{one.name: known[one.name] for one in record.inputs} for known in tensors]
+            own = [{one.name: known[one.name] for one in record.inputs if one.name in known} for known in tensors]
             inside = not any(one.name in chain.outputs for one in record.outputs)
             answered = self._executor.execute(part, own, keep=keep or inside)
             tensors = [known | outputs for known, outputs in zip(tensors, answered.outputs, strict=True)]

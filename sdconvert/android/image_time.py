@@ -5,14 +5,14 @@ from typing import Any
 
 from sdconvert.android.manifest import Manifest
 
-CALLS_PER_STEP = ("controlnet", "unet")
-"""Graphs that run once in every step of the sampler."""
+_PER_STEP = ("controlnet", "unet")
 _ONCE = ("vae_decoder",)
 
 
-def steps_of(manifest: Manifest) -> int:
-    """Return how many steps the bundle's sampler takes; 0 where the manifest does not say."""
-    return len(manifest.scheduler.get("timesteps", ()))
+def calls_per_picture(manifest: Manifest, graph: str) -> int:
+    """Return how often a graph runs for a picture of one tile: once, or in every step of the sampler."""
+    looped = {part for model in _PER_STEP for part in manifest.parts_of(model)}
+    return max(1, _steps(manifest)) if graph in looped else 1
 
 
 def image_time(manifest: Manifest, median_ms: Mapping[str, float]) -> dict[str, Any] | None:
@@ -25,15 +25,15 @@ def image_time(manifest: Manifest, median_ms: Mapping[str, float]) -> dict[str, 
         manifest: Tells the steps of the sampler.
         median_ms: Valid times in milliseconds by graph.
     """
-    steps = steps_of(manifest)
-    graphs = manifest.models()
-    median_ms = dict(median_ms)
-    for chain in manifest.chains:
-        if median_ms.keys() >= set(chain.parts):
-            median_ms[chain.name] = sum(median_ms[part] for part in chain.parts)
-    per_step = [name for name in CALLS_PER_STEP if name in graphs]
-    once = [name for name in _ONCE if name in graphs]
-    if not steps or "unet" not in per_step or not once or not median_ms.keys() >= {*per_step, *once}:
+    steps, models = _steps(manifest), manifest.models()
+    per_step = [name for name in _PER_STEP if name in models]
+    once = [name for name in _ONCE if name in models]
+    looped, single = ([part for name in names for part in manifest.parts_of(name)] for names in (per_step, once))
+    if not steps or "unet" not in per_step or not once or not median_ms.keys() >= {*looped, *single}:
         return None
-    seconds = (steps * sum(median_ms[name] for name in per_step) + sum(median_ms[name] for name in once)) / 1e3
+    seconds = (steps * sum(median_ms[part] for part in looped) + sum(median_ms[part] for part in single)) / 1e3
     return {"seconds": seconds, "steps": steps, "formula": f"{steps} x ({' + '.join(per_step)}) + {' + '.join(once)}"}
+
+
+def _steps(manifest: Manifest) -> int:
+    return len(manifest.scheduler.get("timesteps", ()))

@@ -14,25 +14,27 @@ from sdconvert.android.loop_files import loop_of, read_pictures
 from sdconvert.android.manifest import Manifest
 from sdconvert.android.markdown import table
 from sdconvert.android.scores import latency_figures
-from sdconvert.io.images import write_png
 from sdconvert.metrics import gradient_similarity_y, psnr_db, psnr_y, sqnr_db, ssim_y
 
 PICTURES = "pictures"
+"""Folder of the pictures in a result."""
 _SAMPLED = ("controlnet", "unet")
 
 
-def closed_loop(bundle: Path, manifest: Manifest, executor: Executor, soc: str, out: Path) -> dict[str, Any]:
-    """Draw the test pictures, write them into `out` as PNG, and compare them with fp32's and the simulator's.
+def closed_loop(
+    bundle: Path, manifest: Manifest, executor: Executor, soc: str
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Draw the test pictures, and compare them with fp32's and the simulator's.
 
     Args:
         bundle: The bundle's folder.
         manifest: The bundle's.
         executor: Who answers for the graphs.
         soc: Whose contexts it runs; the simulator's pictures are compared only where they are of the same.
-        out: Folder of the result.
 
     Returns:
-        Figures by picture; times per step and per image, in milliseconds on the device alone.
+        Figures by picture; times per step and per image, in milliseconds on the device alone. And the pictures, those
+        compared with too, by the names that they are to have in `pictures/`.
 
     Raises:
         UsageError: As `draw_pictures`.
@@ -40,23 +42,23 @@ def closed_loop(bundle: Path, manifest: Manifest, executor: Executor, soc: str, 
     """
     drawn, rounds = draw_pictures(bundle, manifest, executor)
     record = loop_of(manifest)
-    given, figures = read_pictures(bundle, record), {}
+    given, figures, shown = read_pictures(bundle, record), {}, dict[str, Tensor]()
+    kinds = ("fp32", "simulator") if soc == record.simulated_soc else ("fp32",)
     for name, picture in drawn.items():
-        kinds = ("fp32", "simulator") if soc == record.simulated_soc else ("fp32",)
-        for kind, shown in {"bench": picture, **{kind: given[name][kind] for kind in kinds}}.items():
-            write_png(shown, out / PICTURES / f"{name}.{kind}.png")
+        shown |= {f"{name}.bench.png": picture, **{f"{name}.{kind}.png": given[name][kind] for kind in kinds}}
         scores = {f"vs_{kind}": picture_figures(given[name][kind], picture) for kind in kinds}
         figures[name] = {"png": f"{PICTURES}/{name}.bench.png", **scores}
     per_image = dict.fromkeys(drawn, 0.0)
     for one in rounds:
         for owner, time in zip(one.owners, one.times_ms, strict=True):
             per_image[owner] += time
-    return {
+    told = {
         "pictures": figures,
-        "invocations": dict(Counter(one.graph for one in rounds)),
+        "invocations": dict(Counter(part for one in rounds for part in manifest.parts_of(one.graph))),
         "image_ms": per_image,
         "steps": step_times(rounds),
     }
+    return told, shown
 
 
 def teacher_forced(bundle: Path, manifest: Manifest, executor: Executor, soc: str) -> dict[str, Any]:

@@ -120,6 +120,10 @@ class Manifest(_Record):
         parts = {part for chain in self.chains for part in chain.parts}
         return {graph.name for graph in self.graphs} - parts | {chain.name for chain in self.chains}
 
+    def parts_of(self, model: str) -> tuple[str, ...]:
+        """Names of the graphs that a model is in, in the order in which they run."""
+        return next((chain.parts for chain in self.chains if chain.name == model), (model,))
+
     @model_validator(mode="after")
     def _references_resolve(self) -> Self:
         socs, graphs = {soc.name for soc in self.socs}, {graph.name for graph in self.graphs}
@@ -127,6 +131,9 @@ class Manifest(_Record):
         loose += [f"file {path}" for g in self.graphs for path in (g.context, g.epcontext) if path not in self.files]
         loose += [f"graph {sample.graph}" for sample in self.samples if sample.graph not in graphs]
         loose += [f"graph {part}" for chain in self.chains for part in chain.parts if part not in graphs]
+        made = {(graph.name, tensor.name) for graph in self.graphs for tensor in graph.outputs}
+        for chain in self.chains:
+            loose += [f"tensor {name}" for name in chain.outputs if not made & {(one, name) for one in chain.parts}]
         if self.loop:
             loose += [f"file {path}" for path in self.loop.paths() if path not in self.files]
             loose += [f"soc {self.loop.simulated_soc}"] if self.loop.simulated_soc not in socs else []

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from sdconvert.android.climate import Climate, cool_down
-from sdconvert.android.image_time import CALLS_PER_STEP, steps_of
+from sdconvert.android.image_time import calls_per_picture
 from sdconvert.android.manifest import GraphRecord, Manifest
 from sdconvert.android.runners import Answers, PhoneRunner, Runner, graphs_of
 from sdconvert.android.timing import Plan, Timing, joined
@@ -104,4 +104,4 @@ def _take_extras(job: Job, runner: PhoneRunner, one: Measured, plan: Plan) -> No
 
 def _share_of_image(manifest: Manifest, graph: str, one: Measured) -> float:
     times = one.timing(graph).times_ms
-    return sorted(times)[len(times) // 2] * (steps_of(manifest) or 1 if graph in CALLS_PER_STEP else 1)
+    return sorted(times)[len(times) // 2] * calls_per_picture(manifest, graph)

@@ -20,6 +20,7 @@ from typing import Any
 from sdconvert.errors import DeviceError
 
 EXECUTE, LOAD = "QNN (execute) time", "QNN (load binary) time"
+_NPU = ("Accelerator (execute) time", "QNN accelerator (execute) time")
 _MS = {"US": 1e-3, "MS": 1.0}
 _OP = re.compile(r"^(.+?)[: ]OpId_\d+ \(cycles\)$")
 _TOP = 20
@@ -56,6 +57,13 @@ class Profile:
         if not found:
             raise DeviceError(f"profile `{self._file}` has no time called `{name}`", hint="convert it as CSV")
         return found
+
+    def npu_ms(self) -> list[float]:
+        """Return how long the NPU alone took for each inference, in milliseconds; nothing where no line says."""
+        for name in _NPU:
+            if found := [row.value for row in self._rows if row.name == name and row.unit == "ms"]:
+                return found
+        return []
 
     def load_ms(self) -> float | None:
         """Return how long the context took to load, where the profile says."""

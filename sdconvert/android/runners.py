@@ -169,7 +169,7 @@ class PhoneRunner:
                 f"the profile of graph `{graph.name}` has {len(times)} times, not {inferences}",
                 hint="is the profile viewer of the same SDK as the runner?",
             )
-        return replace(timing, times_ms=times)
+        return replace(timing, times_ms=times, npu_ms=timing.npu_ms[self.warm_up :])
 
     def op_profile(self, manifest: Manifest, graph: GraphRecord) -> dict[str, Any]:
         """Return the cycles of a graph's ops, of a run of its own that is slower than those which are timed.
@@ -258,7 +258,7 @@ def _milliseconds(context: Graph, inputs: Mapping[str, torch.Tensor]) -> float:
 
 
 def _timing(folder: Path, profile: Profile, step: Mapping[str, str]) -> Timing:
-    times = profile.times_ms(EXECUTE)
+    times, npu = profile.times_ms(EXECUTE), profile.npu_ms()
     text = (folder / "climate").read_text(encoding="utf-8", errors="replace")
     before, after = (parse_climate(part) for part in re.split(r"^sdconvert-climate \w+$", text, flags=re.M)[1:])
     return Timing(
@@ -268,6 +268,7 @@ def _timing(folder: Path, profile: Profile, step: Mapping[str, str]) -> Timing:
         climates=((before, after),),
         counters=profile.counters(),
         peak_kb=int(step["peak_kb"]),
+        npu_ms=npu if len(npu) == len(times) else [],
     )
 
 

@@ -13,7 +13,7 @@ from sdconvert.android.climate import throttled
 from sdconvert.android.manifest import GraphRecord, Manifest
 from sdconvert.android.timing import Timing
 from sdconvert.errors import DeviceError
-from sdconvert.metrics import cosine, max_abs, sqnr_db
+from sdconvert.metrics import cosine, max_abs, psnr_db, sqnr_db
 
 _DTYPES = {"float32": "<f4", "int32": "<i4"}
 
@@ -44,6 +44,8 @@ def timing_figures(timing: Timing, rounds: Sequence[int], clock: str) -> dict[st
     """
     figures = latency_figures(timing.times_ms)
     invalid = throttled(figures["p50_ms"], figures["p90_ms"], timing.climates)
+    if timing.npu_ms:
+        figures["npu"] = latency_figures(timing.npu_ms)
     if invalid:
         figures = {key: figures[key] for key in ("n", "samples_ms")}
     return {
@@ -102,6 +104,7 @@ def accuracy_figures(
             expected = torch.stack(raws).to(stacked.dtype)
             figures[output.name][kind] = {
                 "sqnr_db": sqnr_db(expected, stacked),
+                "psnr_db": psnr_db(expected, stacked, data_range=float(expected.max() - expected.min())),
                 "cosine": cosine(expected, stacked),
                 "max_abs": max_abs(expected, stacked),
                 "bit_equal": torch.equal(expected, stacked),

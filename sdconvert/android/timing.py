@@ -41,6 +41,7 @@ class Timing:
         climates: How the device was before and after; nothing where it does not say.
         counters: What else the profile counts, such as HVX threads, by the profile's own names.
         peak_kb: Most memory of the runner's process, in KiB.
+        npu_ms: How long the NPU alone took for each of these inferences, where the runner says.
     """
 
     times_ms: list[float]
@@ -49,6 +50,7 @@ class Timing:
     climates: tuple[tuple[Climate, Climate], ...] = ()
     counters: dict[str, float] = field(default_factory=dict)
     peak_kb: int | None = None
+    npu_ms: list[float] = field(default_factory=list)
 
 
 def joined(rounds: list[Timing]) -> Timing:
@@ -61,4 +63,5 @@ def joined(rounds: list[Timing]) -> Timing:
         climates=tuple(pair for one in rounds for pair in one.climates),
         counters=rounds[-1].counters,
         peak_kb=max(peaks, default=None),
+        npu_ms=[value for one in rounds for value in one.npu_ms] if all(one.npu_ms for one in rounds) else [],
     )

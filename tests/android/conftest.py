@@ -7,31 +7,12 @@ import onnx
 import pytest
 import torch
 from adb_rig import Rig, adb_environment, bundled_adb, other_adb
-from bundle_request import BundleRequest
+from bundle_request import GATE, BundleRequest
 
 from sdconvert.android.bundle import Sample
 from sdconvert.qnn.context import compile_context
 from sdconvert.qnn.simulator import Simulator
 from sdconvert.soc import find_soc
-
-# Quantized at its border and inside, as every exported graph is; the scales hold [-4, 4] and [0, 1].
-GATE = """
-<ir_version: 10, opset_import: ["": 21]>
-gate (float[1,3,8,8] latent, float[1,3,8,8] residual) => (float[1,3,8,8] out_sample)
-<float s = {0.000122072}, uint16 z = {32768}, float u = {0.0000152590}, uint16 o = {0}>
-{
-    lq = QuantizeLinear(latent, s, z)
-    l = DequantizeLinear(lq, s, z)
-    rq = QuantizeLinear(residual, s, z)
-    r = DequantizeLinear(rq, s, z)
-    g = Sigmoid(r)
-    gq = QuantizeLinear(g, u, o)
-    gd = DequantizeLinear(gq, u, o)
-    m = Mul(l, gd)
-    mq = QuantizeLinear(m, s, z)
-    out_sample = DequantizeLinear(mq, s, z)
-}
-"""
 
 
 @pytest.fixture(scope="session")

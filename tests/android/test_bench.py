@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,14 +11,15 @@ from adb_rig import Rig
 
 from sdconvert.android.adb import Adb
 from sdconvert.android.bench import bench, bench_columns, bench_rows
+from sdconvert.android.climate import Climate
 from sdconvert.android.device import ask_phone
-from sdconvert.android.image_time import image_time
-from sdconvert.android.manifest import Manifest
+from sdconvert.android.image_time import calls_per_picture, image_time
+from sdconvert.android.manifest import ChainRecord, Manifest
 from sdconvert.android.measure import Job
 from sdconvert.android.push import local_file
 from sdconvert.android.runners import PhoneRunner, SimulatorRunner
-from sdconvert.android.scores import accuracy_figures, latency_figures
-from sdconvert.android.timing import Plan
+from sdconvert.android.scores import accuracy_figures, latency_figures, timing_figures
+from sdconvert.android.timing import Plan, Timing, joined
 from sdconvert.android.verify import verify_bundle
 from sdconvert.cli.app import main
 from sdconvert.errors import DeviceError
@@ -40,8 +42,9 @@ def test_the_simulator_scores_as_recorded_and_claims_no_latency(
     assert "no figure of a device" in result["notes"][0]
     [graph] = result["graphs"]
     figures = graph["outputs"]["out_sample"]
-    assert figures["vs_simulator"] == {"sqnr_db": math.inf, "cosine": pytest.approx(1), "max_abs": 0, "bit_equal": True}
-    assert 40 < figures["vs_fp32"]["sqnr_db"] < 60
+    same = {"sqnr_db": math.inf, "psnr_db": math.inf, "cosine": pytest.approx(1), "max_abs": 0, "bit_equal": True}
+    assert figures["vs_simulator"] == same
+    assert 40 < figures["vs_fp32"]["sqnr_db"] < figures["vs_fp32"]["psnr_db"] < 80
     assert graph["latency"]["simulator"]["n"] == 3
     page = (tmp_path / "out/bench.md").read_text()
     assert "p50 ms (no device)" in page
@@ -93,6 +96,16 @@ def test_statistics_are_those_of_the_samples() -> None:
     assert told["samples_ms"] == [4.0, 1.0, 2.0, 3.0]
 
 
+def test_the_npus_own_time_stands_beside_the_latency() -> None:
+    timing = joined([Timing([3.0, 5.0], npu_ms=[1.0, 2.0]), Timing([4.0], npu_ms=[3.0])])
+    latency = timing_figures(timing, [2, 1], "QNN execute")["latency"]["QNN execute"]
+    assert (latency["p50_ms"], latency["npu"]["p50_ms"], latency["npu"]["samples_ms"]) == (4, 2, [1, 2, 3])
+    # Of some of the inferences alone it would be another median.
+    assert "npu" not in timing_figures(joined([timing, Timing([3.0])]), [3, 1], "x")["latency"]["x"]
+    hot = replace(timing, climates=((Climate(1), Climate(1)),))
+    assert "npu" not in timing_figures(hot, [2, 1], "x")["latency"]["x"]
+
+
 def test_a_picture_costs_every_step_and_one_decoding(manifest: Manifest) -> None:
     graph = manifest.graphs[0]
     graphs = tuple(graph.model_copy(update={"name": name}) for name in ("controlnet", "unet", "vae_decoder"))
@@ -105,6 +118,22 @@ def test_a_picture_costs_every_step_and_one_decoding(manifest: Manifest) -> None
     assert image_time(road, times) is None
     assert image_time(manifest, {"gate": 1.0}) is None
     assert image_time(road.model_copy(update={"scheduler": {}}), times | {"unet": 70.0}) is None
+
+
+def test_a_picture_costs_every_part_of_a_split_graph(manifest: Manifest) -> None:
+    graph = manifest.graphs[0]
+    names = ("controlnet", "unet_1", "unet_2", "vae_decoder")
+    chain = ChainRecord(name="unet", parts=("unet_1", "unet_2"), outputs=("out_sample",))
+    graphs = tuple(graph.model_copy(update={"name": name}) for name in names)
+    road = manifest.model_copy(
+        update={"graphs": graphs, "chains": (chain,), "scheduler": {"timesteps": list(range(20))}}
+    )
+    times = {"controlnet": 30.0, "unet_1": 30.0, "unet_2": 40.0, "vae_decoder": 200.0}
+    told = image_time(road, times)
+    assert told == {"seconds": pytest.approx(2.2), "steps": 20, "formula": "20 x (controlnet + unet) + vae_decoder"}
+    assert [calls_per_picture(road, name) for name in names] == [20, 20, 20, 1]
+    del times["unet_1"]
+    assert image_time(road, times) is None
 
 
 def test_answers_that_make_no_sense_are_refused(bundle: Path, manifest: Manifest) -> None:

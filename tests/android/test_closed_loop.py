@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
@@ -15,8 +16,8 @@ from torch import Tensor
 from sdconvert.adapters import ModelAdapter
 from sdconvert.android.bench import bench
 from sdconvert.android.closed_loop import draw_pictures, force_steps
-from sdconvert.android.executors import Answered
-from sdconvert.android.loop_files import Loop, LoopStep, write_loop
+from sdconvert.android.executors import Answered, Executor
+from sdconvert.android.loop_files import Loop, LoopStep, loop_of, write_loop
 from sdconvert.android.loop_scores import closed_loop, loop_page, teacher_forced
 from sdconvert.android.manifest import GraphRecord, Manifest
 from sdconvert.android.measure import Job
@@ -24,7 +25,7 @@ from sdconvert.android.runners import SimulatorRunner
 from sdconvert.android.timing import Plan
 from sdconvert.assets import asset_path
 from sdconvert.cli.app import main
-from sdconvert.errors import DeviceError, UsageError
+from sdconvert.errors import DeviceError, DeviceLostError, UsageError
 from sdconvert.io.images import read_image
 from sdconvert.pipelines.backend import GRAPHS, graph_adapters, swap_backends
 from sdconvert.pipelines.pasd import PASDPipeline
@@ -118,10 +119,10 @@ def drawn(
 
 
 def test_pictures_from_the_bundle_are_the_pipelines_bit_for_bit(
-    drawn: tuple[Path, Manifest], adapters: dict[str, ModelAdapter], tmp_path: Path
+    drawn: tuple[Path, Manifest], adapters: dict[str, ModelAdapter]
 ) -> None:
     executor = Fp32(adapters)
-    found = closed_loop(*drawn, executor, "SM8650", tmp_path)
+    found, shown = closed_loop(*drawn, executor, "SM8650")
     assert Counter(graph for graph, *_ in executor.calls) == found["invocations"]
     # A prompt is read side by side; all else of all pictures at once, and the residuals alone stay where they are.
     assert executor.calls == [
@@ -134,8 +135,9 @@ def test_pictures_from_the_bundle_are_the_pipelines_bit_for_bit(
         assert figures["vs_fp32"]["bit_equal"]
         assert figures["vs_fp32"]["psnr_db"] == math.inf
         assert figures["vs_simulator"]["psnr_db"] == pytest.approx(40, abs=1)
-        assert read_image(tmp_path / figures["png"]).shape == (3, 32, 48)
-        assert (tmp_path / f"pictures/{name}.simulator.png").is_file()
+        kinds = [f"{name}.{kind}.png" for kind in ("bench", "fp32", "simulator")]
+        assert [shown[kind].shape for kind in kinds] == [(3, 32, 48)] * 3
+        assert figures["png"] == f"pictures/{kinds[0]}"
         assert found["image_ms"][name] == pytest.approx(1.5 * (2 + 2 + 3 * 8 + 2))
     assert [step["unet"]["n"] for step in found["steps"]] == [8, 8, 8]
     page = "\n".join(loop_page({"closed_loop": found}, " (no device)"))
@@ -176,6 +178,53 @@ def test_an_answer_that_is_no_number_stops_the_loop(
     for work in (draw_pictures, force_steps):
         with pytest.raises(DeviceError, match=r"graph `unet` answered NaN or infinity in `out_sample` for picture"):
             partial(work, *drawn, Broken(adapters))()
+
+
+class Cut(Fp32):
+    """Loses its phone when fp32's steps are asked for, so many times."""
+
+    def __init__(self, adapters: Mapping[str, ModelAdapter], times: int) -> None:
+        super().__init__(adapters)
+        self._drawn, self._times = False, times
+
+    def execute(self, graph: str, calls: Sequence[Mapping[str, Tensor]], *, keep: bool) -> Answered:
+        if self._drawn and graph == "controlnet" and self._times:
+            self._drawn, self._times = False, self._times - 1
+            raise DeviceLostError("the connection broke", hint="again")
+        self._drawn = graph == "vae_decoder"
+        return super().execute(graph, calls, keep=keep)
+
+
+def test_a_result_is_written_when_all_of_it_is_there(
+    drawn: tuple[Path, Manifest], adapters: dict[str, ModelAdapter], bundle: Path, tmp_path: Path
+) -> None:
+    executor, out = Cut(adapters, times=1), tmp_path / "out"
+
+    class Runner(SimulatorRunner):
+        def executor(self, bundle: Path, manifest: Manifest) -> Executor:
+            return executor
+
+    plain = Manifest.model_validate_json((bundle / "manifest.json").read_bytes())
+    record = loop_of(drawn[1])
+    arguments = record.arguments | {"num_inference_steps": 1}
+    once = record.model_copy(update={"arguments": arguments, "pictures": NAMES[:1], "steps": NAMES[:1]})
+    # Beside the graph that is timed, those of another SoC are there in name, so that pictures can be drawn.
+    named = [graph.model_copy(update={"soc": "SM8550"}) for graph in drawn[1].graphs]
+    manifest = plain.model_copy(update={"graphs": (*plain.graphs, *named), "loop": once})
+    folder = shutil.copytree(bundle, tmp_path / "bundle")
+    shutil.copytree(drawn[0] / "loop", folder / "loop")
+    job = Job(folder, manifest, Runner("SM8650", Simulator))
+    older = out / "pictures/older.bench.png"
+    older.parent.mkdir(parents=True)
+    older.write_text("older")
+    with pytest.raises(DeviceLostError):
+        bench([job], [out], Plan(inferences=1))
+    assert [path for path in out.rglob("*") if path.is_file()] == [older]
+    [result] = bench([job], [out], Plan(inferences=1))
+    told = [figures["png"] for figures in result["closed_loop"]["pictures"].values()]
+    assert [read_image(out / name).shape for name in told] == [(3, 32, 48)]
+    assert sorted(path.name for path in out.iterdir()) == ["bench.json", "bench.md", "pictures"]
+    assert not older.exists()
 
 
 def test_a_bundle_that_cannot_sample_says_so(

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from adb_rig import Rig
+from adb_rig import Rig, until
 from phone import THERMAL, Phone
 
 from sdconvert.android.adb import Adb
@@ -53,7 +53,9 @@ def test_a_phone_that_has_not_accepted_this_computer(rig: Rig) -> None:
 
 
 def test_a_phone_that_does_not_answer(rig: Rig) -> None:
-    rig.phone().unplug()
+    phone = rig.phone()
+    phone.unplug()
+    until(lambda: [device.state for device in list_devices(rig.binary)] == ["offline"])
     with pytest.raises(DeviceError, match="is offline: it is known to adb, but does not answer"):
         find_device(rig.binary)
 

@@ -44,6 +44,14 @@ def test_times_are_read_by_the_name_of_their_rows(tmp_path: Path) -> None:
     assert profile(tmp_path, "\n0,EXECUTE,what,US,BACKEND,ROOT,QNN (execute) time").load_ms() is None
 
 
+def test_the_npus_own_time_is_read_where_a_line_says_it(tmp_path: Path) -> None:
+    assert profile(tmp_path, DETAILED).npu_ms() == []
+    rows = "0,BACKEND,2886,US,BACKEND,ROOT,RPC (execute) time\n0,BACKEND,{},US,BACKEND,ROOT,{}(execute) time\n"
+    whole = "".join("\n" + rows.format(time, "Accelerator ") for time in (1734, 1700))
+    assert profile(tmp_path, DETAILED + whole).npu_ms() == [1.734, 1.7]
+    assert profile(tmp_path, "\n" + rows.format(1600, "QNN accelerator ")).npu_ms() == [1.6]
+
+
 def test_ops_are_told_in_cycles_and_shares(tmp_path: Path) -> None:
     told = profile(tmp_path, DETAILED).ops()
     assert (told["ops"], told["cycles"]) == (3, 1100)

@@ -227,6 +227,8 @@ def test_a_sample_without_its_file_is_caught(copy: Path) -> None:
     ("key", "value", "message"),
     [
         ("graphs", [], "refers to what it does not list: graph gate"),
+        ("chains", [{"name": "net", "parts": ["gate", "tail"], "outputs": ["out_sample"]}], "not list: graph tail"),
+        ("chains", [{"name": "net", "parts": ["gate"], "outputs": ["y"]}], "not list: tensor y"),
         ("extra", 1, "extra"),
     ],
 )
