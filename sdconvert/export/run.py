@@ -40,7 +40,9 @@ def run(context: StageContext) -> dict[str, Any]:
     found: dict[str, tuple[dict[str, float], Mapping[str, int]]] = {}
     context.report.step(0, len(tasks), ", ".join(GRAPHS))
     weights = QuantizeArtifact(context.run.stage_folder("30-quantize")).weight_bytes()
-    for index, result in in_processes(tasks, jobs_for(bytes_to_export(max(weights.values())))):
+    for index, result in in_processes(
+        tasks, jobs_for(bytes_to_export(max(weights.values()), context.recipe.pipeline.latent_tile))
+    ):
         found[order[index]] = result
         if len(found) < len(tasks):
             context.report.step(len(found), len(tasks), f"exported {order[index]}")

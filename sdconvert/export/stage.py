@@ -32,7 +32,7 @@ class ExportStage:
     def need(self, recipe: Recipe, parameters: Mapping[str, int]) -> Need:
         """See `Estimating.need`."""
         largest = max(parameters, key=lambda part: parameters[part])
-        needed = bytes_to_export(_FP32_BYTES * parameters[largest])
+        needed = bytes_to_export(_FP32_BYTES * parameters[largest], recipe.pipeline.latent_tile)
         return Need(
             needed, f"{largest}, {parameters[largest]:,} parameters", "a graph is exported whole, on a larger machine"
         )

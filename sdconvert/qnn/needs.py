@@ -2,11 +2,18 @@
 
 # A process that simulates the small model took 1.3 GiB; what a large one takes was not measured.
 SIMULATING_BYTES = 3 << 29
-# The compiler took 2.4 GiB for 347 MiB, a ControlNet of Stable Diffusion's size at 512 pixels, and 7.6 GiB for
-# 1,065 MiB, the UNet (`benchmarks/compile_fullsize.py`).
-_PROCESS_BYTES, _COPIES = 1 << 29, 7.5
+# The compiler took 2.4 GiB for 347 MiB, a ControlNet of Stable Diffusion's size at 512 pixels; 7.6 GiB for 1,065 MiB,
+# the UNet; and 16.7 GiB for the same UNet at 768 pixels (`benchmarks/compile_fullsize.py`). What grows is the schedule
+# of attention, with the latent's side to the fourth.
+_PROCESS_BYTES = 1 << 29
+_COPIES, _SCHEDULE, _SIDE = 5.2, 2.2, 64
 
 
-def bytes_to_compile(graph: int) -> int:
-    """Peak memory of the HTP compiler, from the bytes of a Q/DQ graph with its weights."""
-    return _PROCESS_BYTES + int(_COPIES * graph)
+def bytes_to_compile(graph: int, latent: int) -> int:
+    """Peak memory of the HTP compiler.
+
+    Args:
+        graph: Bytes of the Q/DQ graph with its weights.
+        latent: Side of the latent.
+    """
+    return _PROCESS_BYTES + int(graph * (_COPIES + _SCHEDULE * (latent / _SIDE) ** 4))

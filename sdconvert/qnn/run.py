@@ -47,7 +47,7 @@ def _compile(context: StageContext) -> list[Context]:
     contexts: dict[int, Context] = {}
     context.report.step(0, len(tasks), f"compile {len(graphs)} graphs for {', '.join(soc.name for soc in socs)}")
     largest = max(exported.graph_bytes(graph) for graph in graphs)
-    for index, compiled in in_threads(tasks, jobs_for(bytes_to_compile(largest))):
+    for index, compiled in in_threads(tasks, jobs_for(bytes_to_compile(largest, context.recipe.pipeline.latent_tile))):
         require_io(compiled, exported.io(compiled.graph))
         contexts[index] = compiled
         if len(contexts) < len(tasks):

@@ -32,12 +32,13 @@ class QnnStage:
         """See `Estimating.need`; of the compiler, with the parts of a split graph taken as equal."""
         parts = dict.fromkeys(parameters, 1) | {graph: 1 + len(cuts) for graph, cuts in recipe.export.split.items()}
         largest = max(parameters, key=lambda graph: parameters[graph] / parts[graph])
-        compiling = bytes_to_compile(parameters[largest] * recipe.quantize.weight_bitwidth // 8 // parts[largest])
+        graph = parameters[largest] * recipe.quantize.weight_bitwidth // 8 // parts[largest]
+        compiling = bytes_to_compile(graph, recipe.pipeline.latent_tile)
         cut = f" in {parts[largest]} parts" if parts[largest] > 1 else ""
         return Need(
             max(compiling, SIMULATING_BYTES),
             f"{largest}{cut}, {parameters[largest]:,} parameters",
-            f"cut `{largest}` with `export.split`",
+            f"cut `{largest}` with `export.split`, or take smaller tiles (`pipeline.latent_tile`)",
         )
 
     def run(self, context: StageContext) -> dict[str, Any]:
