@@ -79,7 +79,7 @@ def small_case(config: Mapping[str, Any] = SMALL_UNET, variant: Variant = "full"
 
 
 def small_controlnet_case() -> Case:
-    """PASD's ControlNet for `small_case`: attention over 64 and over 16 tokens, four results."""
+    """PASD's ControlNet for `small_case`: attention over 64 and over 16 tokens, five results."""
     torch.manual_seed(0)
     _, controlnet = build_pasd(SMALL_UNET, SMALL_CONTROLNET)
     _shake(controlnet, zeros=True)
