@@ -9,7 +9,6 @@ import torch
 
 # A file is one piece of work for a worker: the longest come first, so that no worker ends alone.
 LONG = {
-    "test_command.py",
     "test_four_backends.py",
     "test_onnx_graph.py",
     "test_proof_on_samples.py",

@@ -9,11 +9,13 @@ from typing import Any
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from torch import Tensor, nn
+from torch.fx import GraphModule
 
 from sdconvert.adapters import ModelAdapter, Tensors, adapter_for
 from sdconvert.adapters.spec import GraphSize, IOSpec
 from sdconvert.io.tensors import load_tensors
-from sdconvert.models.pasd import build_pasd, load_pasd
+from sdconvert.models.pasd import Variant, build_pasd, load_pasd
+from sdconvert.quantize import graph as quantize_graph
 from sdconvert.quantize.settings import load_settings
 from sdconvert.quantize.simulation import Simulation
 
@@ -60,10 +62,10 @@ def golden_case(graph: str, variant: str = "pasd") -> Case:
     return _case(unet, call | {"down_block_additional_residuals": down, "mid_block_additional_residual": mid})
 
 
-def small_case(config: Mapping[str, Any] = SMALL_UNET) -> Case:
+def small_case(config: Mapping[str, Any] = SMALL_UNET, variant: Variant = "full") -> Case:
     """PASD's UNet with two blocks on latents 8x8: every kind of attention, at 64 and at 16 tokens."""
     torch.manual_seed(0)
-    unet, _ = build_pasd(config, SMALL_CONTROLNET)
+    unet, _ = build_pasd(config, SMALL_CONTROLNET, variant)
     _shake(unet)
     shapes = [(1, 8, 8, 8), (1, 8, 8, 8), (1, 8, 4, 4), (1, 16, 4, 4)]
     call = {
@@ -77,7 +79,7 @@ def small_case(config: Mapping[str, Any] = SMALL_UNET) -> Case:
 
 
 def small_controlnet_case() -> Case:
-    """PASD's ControlNet for `small_case`: attention over 64 and over 16 tokens, four results."""
+    """PASD's ControlNet for `small_case`: attention over 64 and over 16 tokens, five results."""
     torch.manual_seed(0)
     _, controlnet = build_pasd(SMALL_UNET, SMALL_CONTROLNET)
     _shake(controlnet, zeros=True)
@@ -151,6 +153,13 @@ def shared_case(graph: str) -> Case:
     if graph == "controlnet":
         return golden_case("controlnet")
     return small_controlnet_case() if graph == "small_controlnet" else small_case()
+
+
+@cache
+def shared_trace(graph: str) -> GraphModule:
+    """The traced graph of a shared case, for who only reads it."""
+    case = shared_case(graph)
+    return quantize_graph.trace(case.adapter, case.samples[0])
 
 
 @cache

@@ -8,6 +8,7 @@ import pytest
 import torch
 from model_families import CLIP, Family, clip, pixart, samples, shared_family
 from static_graphs import Case, simulate
+from torch.fx import GraphModule
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from sdconvert.adapters import adapter_for
@@ -39,9 +40,15 @@ def name(request: pytest.FixtureRequest) -> str:
     return given
 
 
-def made_by(path: str, made: Family) -> list[str]:
+@cache
+def shared_family_trace(name: str) -> GraphModule:
+    """The traced graph of a shared family, for who only reads it."""
+    made = shared_family(name)
+    return graph.trace(made.adapter, made.adapter.pack(made.call))
+
+
+def made_by(path: str, traced: GraphModule) -> list[str]:
     """Positions of the tensors that a module makes in the traced graph, second operands left out."""
-    traced = graph.trace(made.adapter, made.adapter.pack(made.call))
     keys = [value.key.partition(":") for value in graph.values(traced)]
     return [position for module, _, position in keys if module == path]
 
@@ -71,14 +78,13 @@ def test_the_file_s_weights_are_those_of_the_simulation(name: str) -> None:
 
 @pytest.mark.parametrize("family", MASKED)
 def test_a_mask_makes_one_more_tensor_between_product_and_softmax(family: str) -> None:
-    positions = made_by(MASKED[family], shared_family(family))
+    positions = made_by(MASKED[family], shared_family_trace(family))
     mask = ["constant.0"] if family == "clip" else []
     assert positions == ["mul.0", "matmul.0", *mask, "add.0", "softmax.0", "matmul.1"]
 
 
 def test_masked_sums_are_those_behind_a_product_and_before_a_softmax() -> None:
-    made = shared_family("pixart")
-    found = graph.masked_scores(graph.trace(made.adapter, made.adapter.pack(made.call)))
+    found = graph.masked_scores(shared_family_trace("pixart"))
     layers = [f"transformer_blocks.{k}.attn2" for k in range(3)]
     assert found == {f"{layer}:add.0": f"{layer}:matmul.0" for layer in layers}
 
@@ -86,8 +92,8 @@ def test_masked_sums_are_those_behind_a_product_and_before_a_softmax() -> None:
 @pytest.mark.parametrize(
     ("make", "path", "heads", "masked"),
     [
-        (pixart, "transformer_blocks.0.attn2", 4, True),
-        (pixart, "transformer_blocks.0.attn1", 4, False),
+        (lambda: pixart(num_layers=1), "transformer_blocks.0.attn2", 4, True),
+        (lambda: pixart(num_layers=1), "transformer_blocks.0.attn1", 4, False),
         (clip, "encoder.layers.0.self_attn", 3, True),
     ],
 )
@@ -96,7 +102,7 @@ def test_masked_attention_per_head_has_one_sum_per_head(
 ) -> None:
     made = make()
     SHAAttentionPatch.wrap_model("sha", made.adapter.model).fuse()
-    positions = made_by(path, made)
+    positions = made_by(path, graph.trace(made.adapter, made.adapter.pack(made.call)))
     if make is clip:
         # All heads of all layers share the causal mask.
         positions.remove("constant.0")

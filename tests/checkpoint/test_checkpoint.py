@@ -1,5 +1,6 @@
 """The first stage from the command line: what is no checkpoint is refused by name, and nothing is left behind."""
 
+import functools
 import json
 import shutil
 import sys
@@ -16,6 +17,7 @@ from sdconvert.adapters.unet_2d_condition import UNet2DConditionModelAdapter
 from sdconvert.assets import asset_path
 from sdconvert.cli.app import main
 from sdconvert.io.tensors import load_tensors, save_tensors, tensor_shapes
+from sdconvert.source import source_hash
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -36,12 +38,15 @@ class Finished:
 
 
 Read = Callable[..., Finished]
+# The program stays the same here, and a stage's checksum means parsing half of it.
+same_source_hash = functools.cache(source_hash)
 
 
 @pytest.fixture
 def read(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Read:
     """Run the command line up to the first stage, in this process: importing diffusers anew takes longer."""
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    monkeypatch.setattr("sdconvert.stages.source_hash", same_source_hash)
 
     def call(folder: Path, build: Path, *overrides: str) -> Finished:
         command = ["--json", "convert", "--to", "checkpoint", "--build", str(build)]

@@ -5,18 +5,16 @@ from pathlib import Path
 import onnx
 import pytest
 import torch
-from blocks_case import PATHS, Skipping, skipping_case
+from blocks_case import PATHS, Skipping, skipping_case, skipping_onnx
 from onnx.utils import Extractor
 
 from sdconvert.errors import UsageError
 from sdconvert.export.artifact import ExportArtifact, OnnxRunner
 from sdconvert.export.blocks import cut_into_blocks
-from sdconvert.export.onnx_graph import to_onnx
 
 
 def test_a_block_has_what_it_reads_of_others_and_what_others_read_of_it() -> None:
-    case, simulation = skipping_case()
-    first, *rest = blocks = cut_into_blocks(to_onnx(simulation, case.samples[0], opset=21), PATHS)
+    first, *rest = blocks = cut_into_blocks(skipping_onnx(), PATHS)
     assert [block.path for block in blocks] == list(PATHS)
     assert first.inputs == {":x": "x"}
     assert list(first.outputs) == ["conv_in:conv2d.0"]
@@ -29,8 +27,7 @@ def test_a_block_has_what_it_reads_of_others_and_what_others_read_of_it() -> Non
 
 
 def test_a_chain_of_blocks_is_the_graph(tmp_path: Path) -> None:
-    case, simulation = skipping_case()
-    model = to_onnx(simulation, case.samples[0], opset=21)
+    case, model = skipping_case()[0], skipping_onnx()
     onnx.save(model, str(tmp_path / "whole.onnx"))
     whole = OnnxRunner(tmp_path / "whole.onnx")(case.samples[0])["y"]
     extractor, tensors = Extractor(model), {":x": case.samples[0]["x"]}
@@ -44,7 +41,7 @@ def test_a_chain_of_blocks_is_the_graph(tmp_path: Path) -> None:
 
 def test_boundaries_hold_simulation_fp32_and_the_block_alone(tmp_path: Path) -> None:
     case, simulation = skipping_case()
-    model, inputs = to_onnx(simulation, case.samples[0], opset=21), case.samples[0]
+    model, inputs = skipping_onnx(), case.samples[0]
     blocks = cut_into_blocks(model, PATHS)
     keys = [key for block in blocks for key in block.outputs]
     artifact = ExportArtifact(tmp_path)

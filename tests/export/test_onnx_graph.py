@@ -12,7 +12,7 @@ import pytest
 import torch
 from diffusers.models.attention_processor import Attention
 from onnx import ModelProto, NodeProto, TensorProto, numpy_helper
-from static_graphs import Case, golden_case, module_case, shared_case, shared_simulation, simulate
+from static_graphs import Case, golden_case, module_case, simulate, small_case, small_controlnet_case, vae_case
 
 from sdconvert.export.marked import TENSOR_KEY
 from sdconvert.export.onnx_graph import to_onnx
@@ -49,9 +49,12 @@ class Exported:
         return found
 
 
-@pytest.fixture(scope="module", params=["controlnet", "unet"])
+@pytest.fixture(
+    scope="module", params=[small_controlnet_case, vae_case, pytest.param(small_case, marks=pytest.mark.slow)]
+)
 def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, export: Export) -> Exported:
-    return write(shared_case(request.param), shared_simulation(request.param), tmp_path_factory, export)
+    case = request.param()
+    return write(case, simulate(case), tmp_path_factory, export)
 
 
 @pytest.fixture(scope="module", params=[75, 69], ids=["v75", "v69"])

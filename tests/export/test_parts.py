@@ -5,13 +5,12 @@ from pathlib import Path
 import onnx
 import pytest
 import torch
-from blocks_case import PATHS, skipping_case
+from blocks_case import PATHS, skipping_case, skipping_onnx
 
 from sdconvert.errors import UsageError
 from sdconvert.export.artifact import ExportArtifact, OnnxRunner
 from sdconvert.export.blocks import cut_into_blocks
 from sdconvert.export.io_manifest import describe_io
-from sdconvert.export.onnx_graph import to_onnx
 from sdconvert.export.parts import cut_into_parts, part_answers
 from sdconvert.metrics import sqnr_db
 from sdconvert.qnn.chain import Chain
@@ -20,8 +19,7 @@ from sdconvert.qnn.chain import Chain
 @pytest.mark.parametrize("before", [["up"], ["conv_out", "down"], ["down", "up", "conv_out"]])
 def test_a_chain_of_parts_is_the_graph(before: list[str], tmp_path: Path) -> None:
     case, simulation = skipping_case()
-    inputs = case.samples[0]
-    model = to_onnx(simulation, inputs, opset=21)
+    inputs, model = case.samples[0], skipping_onnx()
     onnx.save(model, str(tmp_path / "whole.onnx"))
     cuts = cut_into_parts(model, "net", cut_into_blocks(model, PATHS), before)
     assert [part.name for part, _ in cuts] == [f"net_{number}" for number in range(1, len(before) + 2)]
@@ -46,8 +44,7 @@ def test_a_chain_of_parts_is_the_graph(before: list[str], tmp_path: Path) -> Non
 
 
 def test_what_is_read_later_leaves_its_part_once() -> None:
-    case, simulation = skipping_case()
-    model = to_onnx(simulation, case.samples[0], opset=21)
+    model = skipping_onnx()
     (first, _), (second, _), (third, _) = cut_into_parts(model, "net", cut_into_blocks(model, PATHS), ["down", "up"])
     assert first.outputs == {"conv_in_conv2d_0": "conv_in:conv2d.0"}
     # The skip connection passes the second part by.
@@ -58,16 +55,14 @@ def test_what_is_read_later_leaves_its_part_once() -> None:
 
 @pytest.mark.parametrize("before", ["conv_in", "up.0"])
 def test_a_place_where_no_part_can_begin_is_refused_with_those_where_one_can(before: str) -> None:
-    case, simulation = skipping_case()
-    model = to_onnx(simulation, case.samples[0], opset=21)
+    model = skipping_onnx()
     with pytest.raises(UsageError, match=f"net graph cannot be cut before `{before}`") as caught:
         cut_into_parts(model, "net", cut_into_blocks(model, PATHS), ["down", before])
     assert caught.value.hint == "it can be cut before down, up, conv_out"
 
 
 def test_parts_take_the_place_of_their_graph_among_those_that_are_compiled(tmp_path: Path) -> None:
-    case, simulation = skipping_case()
-    model = to_onnx(simulation, case.samples[0], opset=21)
+    model = skipping_onnx()
     parts = [part for part, _ in cut_into_parts(model, "unet", cut_into_blocks(model, PATHS), ["up"])]
     artifact = ExportArtifact(tmp_path)
     (tmp_path / "nodes.json").write_text('{"controlnet": {}, "unet": {}}')

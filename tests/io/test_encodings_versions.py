@@ -70,7 +70,7 @@ sections = st.sampled_from(["version", "param_encodings", "activation_encodings"
 
 
 @given(st.dictionaries(st.one_of(sections, st.text(max_size=5)), values, max_size=4) | values)
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_any_json_is_read_or_refused(content: Any) -> None:
     try:
         file = parse_encodings(json.dumps(content))
@@ -80,7 +80,7 @@ def test_any_json_is_read_or_refused(content: Any) -> None:
 
 
 @given(st.text(max_size=60))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_any_text_is_read_or_refused(text: str) -> None:
     with pytest.raises((EncodingsError, ValueError)):
         parse_encodings(text + "}")

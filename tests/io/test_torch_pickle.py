@@ -51,7 +51,7 @@ plain = st.recursive(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(value=plain, behind=st.binary(max_size=8))
 def test_plain_values_are_those_that_were_pickled(value: Any, behind: bytes) -> None:
     file = io.BytesIO(pickle.dumps(value, protocol=2) + behind)
@@ -108,7 +108,7 @@ def test_a_memo_far_away_takes_no_memory() -> None:
     assert read_pickle(io.BytesIO(program(b"K\x01r" + struct.pack("<I", 0xFFFFFFFF)))) == 1
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(data=st.data())
 def test_any_bytes_are_read_or_refused(data: st.DataObject) -> None:
     tensor = StoredTensor("a", "float32", (2, 3), ByteRange(Path("x"), 0, 24), 0, (3, 1))

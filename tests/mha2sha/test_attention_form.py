@@ -29,8 +29,8 @@ def test_all_graphs_stay_in_their_multi_head_form(tmp_path: Path) -> None:
     # What is exported next is the graph as it was quantized.
     quantized = run.stage_folder("30-quantize")
     quantized.mkdir()
-    case, mha = shared_case("unet"), shared_simulation("unet")
-    write_folder(quantized / "unet", case, mha)
+    case, mha = shared_case("small_controlnet"), shared_simulation("small_controlnet")
+    write_folder(quantized / "controlnet", case, mha)
     (quantized / "settings.json").write_text(mha.settings.model_dump_json())
     final = final_simulation(run, case.adapter, case.samples[0])
     assert final.encodings() == mha.encodings()

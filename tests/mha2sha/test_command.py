@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from mha_folder import write_folder
-from static_graphs import golden_case, shared_case, shared_simulation, simulate, small_case
+from static_graphs import golden_case, shared_case, shared_simulation, simulate, small_controlnet_case
 
 from sdconvert.errors import CheckpointError, EncodingsError, SdconvertError, UsageError
 from sdconvert.io.encodings import read_encodings, write_encodings, write_params
@@ -21,10 +21,13 @@ from sdconvert.mha2sha.forms import rewrite_to_sha
 from sdconvert.mha2sha.heads import attention_paths
 from sdconvert.models.attention import SHAAttention
 
+# Small: the slow test, and tests/test_road.py, convert a UNet with every kind of attention.
+GRAPH = "small_controlnet"
+
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
-    return write_folder(tmp_path / "mha", shared_case("unet"), shared_simulation("unet"))
+    return write_folder(tmp_path / "mha", shared_case(GRAPH), shared_simulation(GRAPH))
 
 
 @pytest.mark.slow
@@ -48,9 +51,15 @@ def test_the_reference_s_unet_computes_the_same_per_head(tmp_path: Path) -> None
 
 def test_every_file_is_converted(source: Path, tmp_path: Path) -> None:
     summary = convert_folder(source, tmp_path / "sha")
-    layers = shared_case("unet").adapter.attention_layers()
+    layers = shared_case(GRAPH).adapter.attention_layers()
     assert (summary.attention_layers, summary.heads) == (len(layers), sum(layer.heads for layer in layers))
-    names = ("config.json", "heads.json", "parameters_sha.encodings", "state_dict_sha.safetensors", "unet.encodings")
+    names = (
+        "config.json",
+        "controlnet.encodings",
+        "heads.json",
+        "parameters_sha.encodings",
+        "state_dict_sha.safetensors",
+    )
     assert summary.files == names
     assert sorted(path.name for path in (tmp_path / "sha").iterdir()) == sorted(summary.files)
     state = load_tensors(tmp_path / "sha" / "state_dict_sha.safetensors")
@@ -58,8 +67,9 @@ def test_every_file_is_converted(source: Path, tmp_path: Path) -> None:
     assert (summary.tensors_before, summary.tensors_after) == (len(before), len(state))
     flat = read_encodings(tmp_path / "sha" / "parameters_sha.encodings")["param_encodings"]
     assert json.loads((tmp_path / "sha" / "parameters_sha.encodings").read_text()) == flat
-    assert flat == read_encodings(tmp_path / "sha" / "unet.encodings")["param_encodings"]
-    assert flat.keys() == {key for key in state if not key.endswith("bias")}
+    assert flat == read_encodings(tmp_path / "sha" / "controlnet.encodings")["param_encodings"]
+    # A ControlNet's `to_rgbs` are no part of the graph.
+    assert flat.keys() == {key for key in state if not key.endswith("bias") and ".to_rgbs." not in key}
     assert all(len(entries) in (1, state[key].shape[0]) for key, entries in flat.items())
     assert (tmp_path / "sha" / "config.json").read_bytes() == (source / "config.json").read_bytes()
 
@@ -73,7 +83,7 @@ def test_the_source_is_not_touched(source: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("suffix", ["safetensors", "pth"])
 @pytest.mark.parametrize("format", [None, "safetensors", "pth"])
 def test_both_formats_of_weights_go_in_and_out(tmp_path: Path, suffix: str, format: str | None) -> None:
-    source = write_folder(tmp_path / "mha", shared_case("unet"), shared_simulation("unet"), suffix)
+    source = write_folder(tmp_path / "mha", shared_case(GRAPH), shared_simulation(GRAPH), suffix)
     convert_folder(source, tmp_path / "sha", format=format)
     state = load_tensors(tmp_path / "sha" / f"state_dict_sha.{format or suffix}")
     parents = load_tensors(source / f"state_dict_mha.{suffix}")
@@ -82,13 +92,13 @@ def test_both_formats_of_weights_go_in_and_out(tmp_path: Path, suffix: str, form
         assert torch.equal(torch.cat([state[key][:, :, 0, 0] for key in heads]), parents[f"{path}.to_v.weight"])
 
 
-@pytest.mark.parametrize("kept", ["state_dict_mha.safetensors", "parameters_mha.encodings", "unet.encodings"])
+@pytest.mark.parametrize("kept", ["state_dict_mha.safetensors", "parameters_mha.encodings", "controlnet.encodings"])
 def test_encodings_are_converted_where_there_are_any(source: Path, tmp_path: Path, kept: str) -> None:
     for path in source.glob("*.encodings"):
         if path.name != kept:
             path.unlink()
     files = convert_folder(source, tmp_path / "sha").files
-    names = {"parameters_mha.encodings": "parameters_sha.encodings", "unet.encodings": "unet.encodings"}
+    names = {"parameters_mha.encodings": "parameters_sha.encodings", "controlnet.encodings": "controlnet.encodings"}
     always = {"config.json", "heads.json", "state_dict_sha.safetensors"}
     assert set(files) == always | {names[kept] for _ in range(kept in names)}
 
@@ -107,7 +117,7 @@ def test_parameter_files_of_both_shapes_are_read(source: Path, tmp_path: Path) -
 
 def test_per_tensor_encodings_go_to_every_head(source: Path, tmp_path: Path) -> None:
     path = source / "parameters_mha.encodings"
-    (source / "unet.encodings").unlink()
+    (source / "controlnet.encodings").unlink()
     params = {key: entries[:1] for key, entries in read_encodings(path)["param_encodings"].items()}
     write_params(path, params)
     convert_folder(source, tmp_path / "sha")
@@ -149,10 +159,10 @@ def test_a_second_run_takes_the_place_of_the_first(source: Path, tmp_path: Path)
 
 
 def damage_encodings(source: Path) -> None:
-    sections = read_encodings(source / "unet.encodings")
+    sections = read_encodings(source / "controlnet.encodings")
     key = next(key for key in sections["param_encodings"] if key.endswith("to_q.weight"))
     sections["param_encodings"][key] = sections["param_encodings"][key][:3]
-    write_encodings(source / "unet.encodings", sections)
+    write_encodings(source / "controlnet.encodings", sections)
 
 
 def truncate(path: Path) -> None:
@@ -163,7 +173,7 @@ def truncate(path: Path) -> None:
     ("damage", "error", "message"),
     [
         (damage_encodings, EncodingsError, "has 3 encodings: neither 1"),
-        (lambda source: truncate(source / "unet.encodings"), EncodingsError, "cannot be read"),
+        (lambda source: truncate(source / "controlnet.encodings"), EncodingsError, "cannot be read"),
         (lambda source: truncate(source / "state_dict_mha.safetensors"), CheckpointError, "cannot be read"),
         (lambda source: truncate(source / "config.json"), CheckpointError, "is no JSON"),
         (lambda source: (source / "config.json").write_text("[]"), CheckpointError, "holds a list"),
@@ -200,12 +210,12 @@ def test_a_request_that_cannot_be_is_refused(source: Path, tmp_path: Path) -> No
 
 def test_weights_that_do_not_fit_the_rewritten_model_are_refused(source: Path, tmp_path: Path) -> None:
     (source / "config.json").unlink()
-    convert_folder(source, tmp_path / "out" / "unet", num_heads=4)
-    case = small_case()
-    before = case.adapter.run(case.samples[0])["out_sample"]
-    with pytest.raises(CheckpointError, match=r"does not fit a UNet2DConditionModel: \d+ tensors .*to_k_convs"):
-        rewrite_to_sha(case.adapter, tmp_path / "out" / "unet")
-    torch.testing.assert_close(case.adapter.run(case.samples[0])["out_sample"], before, rtol=0, atol=1e-5)
+    convert_folder(source, tmp_path / "out" / "controlnet", num_heads=4)
+    case = small_controlnet_case()
+    before = case.adapter.run(case.samples[0])
+    with pytest.raises(CheckpointError, match=r"does not fit a ControlNetModel: \d+ tensors .*to_k_convs"):
+        rewrite_to_sha(case.adapter, tmp_path / "out" / "controlnet")
+    torch.testing.assert_close(case.adapter.run(case.samples[0]), before, rtol=0, atol=1e-5)
 
 
 def test_what_cannot_be_split_is_left_alone_only_if_asked(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sdconvert.errors import CheckpointError
@@ -22,6 +22,7 @@ splits = st.builds(
 )
 
 
+@settings(max_examples=30)
 @given(st.lists(splits, max_size=4), st.dictionaries(names, st.integers(1, 9)), st.dictionaries(names, names))
 def test_a_name_map_comes_back(tmp_path_factory: pytest.TempPathFactory, rows, heads, left_alone) -> None:  # type: ignore[no-untyped-def]
     folder = tmp_path_factory.mktemp("map")

@@ -17,9 +17,8 @@ from sdconvert.mha2sha.name_map import NAME
 
 @pytest.fixture(scope="module")
 def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_folder(
-        tmp_path_factory.mktemp("reverse") / "mha", shared_case("unet"), shared_simulation("unet"), suffix="pth"
-    )
+    case, simulation = shared_case("small_controlnet"), shared_simulation("small_controlnet")
+    return write_folder(tmp_path_factory.mktemp("reverse") / "mha", case, simulation, suffix="pth")
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +84,10 @@ def drop_a_tensor(folder: Path) -> None:
     ("damage", "message"),
     [
         (lambda folder: (folder / NAME).unlink(), "is no name map"),
-        (lambda folder: (folder / "unet.encodings").unlink(), r"disagree on the encodings files: unet\.encodings"),
+        (
+            lambda folder: (folder / "controlnet.encodings").unlink(),
+            r"disagree on the encodings files: controlnet\.encodings",
+        ),
         (lambda folder: (folder / "more.encodings").write_text("{}"), r"disagree on .*more\.encodings"),
         (lambda folder: (folder / "state_dict_sha.pth").unlink(), "holds no state_dict_sha"),
         (drop_a_tensor, "cannot give .*attn1.to_k.weight"),

@@ -41,9 +41,11 @@ def test_the_fp32_graph_of_a_controlnet_answers_as_the_controlnet() -> None:
 
 
 def test_a_simulation_is_a_runner() -> None:
-    case, simulation = shared_case("unet"), shared_simulation("unet")
-    (answer,) = call(GraphBackend(case.adapter, simulation), case)
-    assert torch.equal(answer, simulation(case.samples[0])["out_sample"])
+    case, simulation = shared_case("small_controlnet"), shared_simulation("small_controlnet")
+    _, down, mid = call(GraphBackend(case.adapter, simulation), case)
+    expected = list(simulation(case.samples[0]).values())
+    assert len(expected) == 5
+    assert all(map(torch.equal, [*down, mid], expected))
 
 
 def test_a_call_that_the_graph_cannot_answer_is_refused() -> None:

@@ -1,6 +1,6 @@
 """AIMET itself reads what we write, and we read what AIMET writes: the same model, the same grids.
 
-AIMET wraps the reference's ControlNet in a module that flattens its outputs, so its names begin with `model.`, and it
+AIMET wraps a ControlNet in a module that flattens its outputs, so its names begin with `model.`, and it
 has to be told to leave diffusers' sinusoids alone.
 """
 
@@ -14,13 +14,13 @@ from aimet_torch.common.quantsim_config.utils import get_path_for_per_channel_co
 from aimet_torch.nn import BaseQuantizationMixin, QuantizationMixin
 from aimet_torch.quantsim import QuantizationSimModel
 from diffusers.models.embeddings import Timesteps
-from static_graphs import Case, golden_case, shared_simulation, simulate
+from static_graphs import Case, shared_case, shared_simulation, simulate, small_controlnet_case, vae_case
 from torch import Tensor, nn
 
 from sdconvert.errors import EncodingsError
 from sdconvert.io.encodings import read_encodings, write_encodings, write_params
 from sdconvert.quantize.files import from_sections, to_sections
-from sdconvert.quantize.simulation import Encodings
+from sdconvert.quantize.simulation import Encodings, Simulation
 
 PREFIX = "model."
 
@@ -53,14 +53,14 @@ def aimet_simulation(case: Case) -> tuple[QuantizationSimModel, tuple[Tensor, ..
 @pytest.fixture(scope="module")
 def sim() -> QuantizationSimModel:
     """AIMET's own simulation, with its own ranges; what a test loads into it, the next one overwrites."""
-    return aimet_simulation(golden_case("controlnet"))[0]
+    return aimet_simulation(small_controlnet_case())[0]
 
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     """A folder with AIMET's exports, and by parameter what its quantizer does to the weight."""
     folder = tmp_path_factory.mktemp("aimet")
-    sim, inputs = aimet_simulation(golden_case("controlnet"))
+    sim, inputs = aimet_simulation(small_controlnet_case())
     version, quantsim.encoding_version = quantsim.encoding_version, "0.6.1"
     try:
         sim.export(str(folder), "sim", inputs)
@@ -69,6 +69,12 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, 
         quantsim.encoding_version = version
     with torch.no_grad():
         return folder, {name: quantizer(weight) for name, quantizer, weight in quantized_parameters(sim)}
+
+
+@pytest.fixture(scope="module")
+def ours() -> Simulation:
+    """Of the same model; what a test loads into it, the next one overwrites."""
+    return simulate(small_controlnet_case())
 
 
 def modules(sim: QuantizationSimModel) -> dict[str, Any]:
@@ -104,7 +110,7 @@ def assert_grid(quantizer: Any, entries: list[dict[str, Any]]) -> None:
 
 
 def test_aimet_loads_our_parameter_file(sim: QuantizationSimModel, tmp_path: Path) -> None:
-    ours = to_sections(shared_simulation("controlnet"))["param_encodings"]
+    ours = to_sections(shared_simulation("small_controlnet"))["param_encodings"]
     write_params(tmp_path / "parameters_mha.encodings", prefixed({"": ours})[""])
     sim.load_encodings(tmp_path / "parameters_mha.encodings", strict=True)
     found = {name: quantizer for name, quantizer, _ in quantized_parameters(sim)}
@@ -113,11 +119,11 @@ def test_aimet_loads_our_parameter_file(sim: QuantizationSimModel, tmp_path: Pat
 
 
 def test_aimet_loads_our_graph_file(sim: QuantizationSimModel, tmp_path: Path) -> None:
-    sections = to_sections(shared_simulation("controlnet"))
+    sections = to_sections(shared_simulation("small_controlnet"))
     write_encodings(tmp_path / "controlnet.encodings", prefixed(sections))
     sim.load_encodings(tmp_path / "controlnet.encodings", strict=True)
     found = modules(sim)
-    assert len(sections["activation_encodings"]) > 100
+    assert len(sections["activation_encodings"]) > 50
     for path, places in sections["activation_encodings"].items():
         assert_grid(found[path].output_quantizers[0], [places["output"]["0"]])
     for name, entries in sections["param_encodings"].items():
@@ -126,7 +132,7 @@ def test_aimet_loads_our_graph_file(sim: QuantizationSimModel, tmp_path: Path) -
 
 
 def test_aimet_quantizes_weights_as_we_do_with_our_file(sim: QuantizationSimModel, tmp_path: Path) -> None:
-    ours = shared_simulation("controlnet")
+    ours = shared_simulation("small_controlnet")
     write_params(tmp_path / "p.encodings", prefixed({"": ours.encodings().parameters})[""])
     sim.load_encodings(tmp_path / "p.encodings", strict=True)
     with torch.no_grad():
@@ -136,23 +142,21 @@ def test_aimet_quantizes_weights_as_we_do_with_our_file(sim: QuantizationSimMode
 
 
 def test_aimet_refuses_our_file_for_another_model(sim: QuantizationSimModel, tmp_path: Path) -> None:
-    write_encodings(tmp_path / "x.encodings", prefixed(to_sections(shared_simulation("unet"))))
+    write_encodings(tmp_path / "x.encodings", prefixed(to_sections(simulate(vae_case()))))
     with pytest.raises(RuntimeError, match="up_blocks"):
         sim.load_encodings(tmp_path / "x.encodings", strict=True)
 
 
 @pytest.mark.parametrize("name", ["sim_torch.encodings", "saved.json", "sim.encodings"])
-def test_we_load_the_parameters_of_every_file_that_aimet_writes(exported: Any, name: str) -> None:
+def test_we_load_the_parameters_of_every_file_that_aimet_writes(exported: Any, ours: Simulation, name: str) -> None:
     folder, quantized = exported
-    case = golden_case("controlnet")
-    ours = simulate(case)
     params = without_prefix(read_encodings(folder / name)["param_encodings"])
     # AIMET counts the heads that feed nothing, too; biases it leaves alone.
     params = {key: entries for key, entries in params.items() if ".to_rgbs." not in key}
     before = ours.encodings()
     ours.load(Encodings(params, before.activations))
     assert ours.encodings().parameters.keys() == before.parameters.keys()
-    state = case.adapter.model.state_dict()
+    state = shared_case("small_controlnet").adapter.model.state_dict()
     with torch.no_grad():
         for key, quantizer in ours.quantizers.parameters.items():
             assert torch.equal(quantizer(state[key]), quantized[key]), key
@@ -160,7 +164,7 @@ def test_we_load_the_parameters_of_every_file_that_aimet_writes(exported: Any, n
 
 def test_we_read_the_activations_that_aimet_writes_by_module(exported: Any) -> None:
     folder, _ = exported
-    ours = shared_simulation("controlnet")
+    ours = shared_simulation("small_controlnet")
     theirs = without_prefix(read_encodings(folder / "sim_torch.encodings")["activation_encodings"])
     outputs = {path: {"output": places["output"]} for path, places in theirs.items() if "output" in places}
     sections = to_sections(ours) | {"activation_encodings": outputs}
@@ -171,7 +175,7 @@ def test_we_read_the_activations_that_aimet_writes_by_module(exported: Any) -> N
 
 
 def test_a_file_of_a_newer_version_says_what_to_do(sim: QuantizationSimModel, tmp_path: Path) -> None:
-    inputs = tuple(golden_case("controlnet").call.values())
+    inputs = tuple(small_controlnet_case().call.values())
     assert quantsim.encoding_version == "1.0.0"
     sim.export(str(tmp_path), "sim", inputs)
     with pytest.raises(EncodingsError, match="has encoding version 1.0.0") as error:

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from static_graphs import Case, golden_case, module_case, shared_case, small_case
+from static_graphs import Case, module_case, shared_case, shared_trace, small_case, small_controlnet_case
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
@@ -32,13 +32,16 @@ def keys(graph_module: GraphModule) -> list[str]:
 
 @pytest.fixture(scope="module")
 def traced_unet() -> GraphModule:
-    return trace(small_case())
+    return shared_trace("unet")
 
 
-def test_keys_are_unique_and_the_same_in_the_next_trace(traced_unet: GraphModule) -> None:
-    first = keys(traced_unet)
-    assert max(Counter(first).values()) == 1
-    assert first == keys(trace(small_case()))
+@pytest.mark.parametrize("name", ["small_controlnet", "unet"])
+def test_keys_are_unique(name: str) -> None:
+    assert max(Counter(keys(shared_trace(name))).values()) == 1
+
+
+def test_keys_are_the_same_in_the_next_trace() -> None:
+    assert keys(shared_trace("small_controlnet")) == keys(trace(small_controlnet_case()))
 
 
 def test_keys_name_modules_ops_and_inputs(traced_unet: GraphModule) -> None:
@@ -85,10 +88,9 @@ def test_a_module_that_is_called_twice_makes_two_keys_and_one_weight() -> None:
     assert found == [("linear.weight", False), ("linear.bias", True)]
 
 
-@pytest.mark.parametrize("name", ["controlnet", "unet"])
+@pytest.mark.parametrize("name", ["small_controlnet", "unet"])
 def test_graph_computes_what_the_model_computes(name: str) -> None:
-    case = shared_case(name)
-    graph_module = trace(case)
+    case, graph_module = shared_case(name), shared_trace(name)
     for inputs in case.samples[:2]:
         with torch.no_grad():
             outputs = graph_module(*inputs.values())
@@ -168,7 +170,7 @@ def test_all_layer_norms_of_sixteen_rows_in_a_unet_are_rewritten(traced_unet: Gr
 
 
 def test_the_light_variant_is_covered() -> None:
-    graph_module = trace(golden_case("unet", "pasd_light"))
+    graph_module = trace(small_case(variant="light"))
     assert any("attn2_plus" in value.key for value in graph.values(graph_module))
 
 

@@ -71,7 +71,7 @@ def test_the_gradient_passes_inside_the_range_and_stops_outside() -> None:
     assert torch.equal(layer.weight, torch.tensor([[0.5, -1.0, 3.5, -4.0]]))
 
 
-@pytest.mark.parametrize("name", ["controlnet", "unet"])
+@pytest.mark.parametrize("name", ["small_controlnet", pytest.param("unet", marks=pytest.mark.slow)])
 def test_a_model_with_fake_quantized_weights_is_its_simulation_with_floating_activations(name: str) -> None:
     case, simulation = shared_case(name), shared_simulation(name)
     model = case.adapter.model

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from static_graphs import module_case, shared_case, shared_simulation, simulate
+from static_graphs import module_case, shared_case, shared_simulation, shared_trace, simulate
 from torch import Tensor, nn
 
 from sdconvert.errors import EncodingsError, PreconditionError, UsageError
@@ -17,7 +17,7 @@ from sdconvert.quantize import graph
 from sdconvert.quantize.settings import load_settings
 from sdconvert.quantize.simulation import Encodings, Simulation
 
-GRAPHS = ["controlnet", "unet"]
+GRAPHS = ["small_controlnet", "unet"]
 
 
 @pytest.fixture
@@ -62,7 +62,7 @@ def test_inputs_are_taken_by_name_not_by_order() -> None:
 @pytest.mark.parametrize("name", GRAPHS)
 def test_everything_that_is_stored_has_a_quantizer(name: str) -> None:
     simulation = shared_simulation(name)
-    encodings, traced = simulation.encodings(), graph.trace(shared_case(name).adapter, shared_case(name).samples[0])
+    encodings, traced = simulation.encodings(), shared_trace(name)
     expected = {value.key for value in graph.values(traced)} | {operand.key for operand in graph.operands(traced)}
     assert encodings.activations.keys() == expected
     parameters = {name for name, _ in shared_case(name).adapter.model.named_parameters()}
@@ -73,10 +73,12 @@ def test_everything_that_is_stored_has_a_quantizer(name: str) -> None:
             assert [user.op for user in node.users] == ["call_module"], node
 
 
-@pytest.mark.parametrize(("arch", "bitwidth", "symmetric"), [(75, 16, "True"), (69, 8, "False")])
-def test_grids_are_those_of_the_settings(arch: int, bitwidth: int, symmetric: str) -> None:
-    encodings = shared_simulation("unet", arch).encodings()
-    state = shared_case("unet").adapter.model.state_dict()
+@pytest.mark.parametrize(
+    ("name", "arch", "bitwidth", "symmetric"), [("unet", 75, 16, "True"), ("small_controlnet", 69, 8, "False")]
+)
+def test_grids_are_those_of_the_settings(name: str, arch: int, bitwidth: int, symmetric: str) -> None:
+    encodings = shared_simulation(name, arch).encodings()
+    state = shared_case(name).adapter.model.state_dict()
     for key, entries in encodings.parameters.items():
         norm = ".norm" in key or key.startswith("conv_norm_out")
         assert len(entries) == (1 if norm else state[key].shape[0]), key
@@ -221,8 +223,8 @@ def test_layer_figures_fall_at_the_layer_that_has_4_bits() -> None:
 
 
 def test_another_module_may_stand_for_every_quantizer() -> None:
-    case, simulation = shared_case("unet"), shared_simulation("unet", 69)
-    before = simulation(case.samples[0])["out_sample"]
+    case, simulation = shared_case("small_controlnet"), shared_simulation("small_controlnet", 69)
+    before = simulation(case.samples[0])
     keys: list[str] = []
 
     def nothing(key: str) -> nn.Module:
@@ -230,10 +232,10 @@ def test_another_module_may_stand_for_every_quantizer() -> None:
         return nn.Identity()
 
     floating = simulation.with_quantizers_as(nothing)
-    (answer,) = floating(*(case.samples[0][name] for name in simulation.input_names))
-    torch.testing.assert_close(answer, case.adapter.run(case.samples[0])["out_sample"], rtol=0, atol=1e-4)
+    answers = floating(*(case.samples[0][name] for name in simulation.input_names))
+    torch.testing.assert_close(list(answers), list(case.adapter.run(case.samples[0]).values()), rtol=0, atol=1e-4)
     assert sorted(keys) == sorted([*simulation.quantizers.activations, *simulation.quantizers.parameters])
-    assert torch.equal(simulation(case.samples[0])["out_sample"], before)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in simulation(case.samples[0]).items())
 
 
 def test_the_model_keeps_its_weights() -> None:

@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from static_graphs import shared_case, shared_simulation
+from static_graphs import module_case, shared_case, shared_simulation, simulate
+from torch import nn
 
 from sdconvert.errors import EncodingsError
 from sdconvert.io.encodings import read_encodings, write_encodings
@@ -13,7 +14,7 @@ from sdconvert.quantize.artifact import load_simulation
 from sdconvert.quantize.files import from_sections, to_sections
 
 
-@pytest.fixture(scope="module", params=["controlnet", "unet"])
+@pytest.fixture(scope="module", params=["small_controlnet", pytest.param("unet", marks=pytest.mark.slow)])
 def graph(request: pytest.FixtureRequest) -> str:
     name: str = request.param
     return name
@@ -24,8 +25,8 @@ def test_sections_hold_all_ranges(graph: str) -> None:
     assert from_sections(to_sections(simulation), simulation) == simulation.encodings()
 
 
-def test_a_file_makes_the_same_simulation(graph: str, tmp_path: Path) -> None:
-    case, simulation = shared_case(graph), shared_simulation(graph)
+def test_a_file_makes_the_same_simulation(tmp_path: Path) -> None:
+    case, simulation = shared_case("small_controlnet"), shared_simulation("small_controlnet")
     write_encodings(tmp_path / "graph.encodings", to_sections(simulation))
     loaded = load_simulation(tmp_path / "graph.encodings", case.adapter, case.samples[0], simulation.settings)
     assert loaded.encodings() == simulation.encodings()
@@ -53,7 +54,7 @@ def test_both_sections_together_hold_every_tensor_once(graph: str) -> None:
 
 
 def broken(section: str, path: str, value: Any) -> dict[str, Any]:
-    sections: dict[str, Any] = copy.deepcopy(to_sections(shared_simulation("unet")))
+    sections: dict[str, Any] = copy.deepcopy(to_sections(shared_simulation("small_controlnet")))
     sections[section][path] = value
     return sections
 
@@ -67,24 +68,26 @@ ENTRY = {"bitwidth": 16, "dtype": "int", "is_symmetric": "False", "max": 1.0, "m
 )
 def test_an_activation_that_the_graph_does_not_make_is_named(path: str) -> None:
     sections = broken("activation_encodings", path, {"output": {"0": ENTRY}})
-    with pytest.raises(EncodingsError, match=f"activation encodings name `{path}`, which makes no tensor of the unet"):
-        from_sections(sections, shared_simulation("unet"))
+    with pytest.raises(
+        EncodingsError, match=f"activation encodings name `{path}`, which makes no tensor of the controlnet"
+    ):
+        from_sections(sections, shared_simulation("small_controlnet"))
 
 
 @pytest.mark.parametrize("places", [{"input": {"0": ENTRY}}, {"output": {"1": ENTRY}}, [ENTRY]])
 def test_an_activation_without_an_output_range_is_named(places: Any) -> None:
     with pytest.raises(EncodingsError, match="`conv_in` has no range for its output"):
-        from_sections(broken("activation_encodings", "conv_in", places), shared_simulation("unet"))
+        from_sections(broken("activation_encodings", "conv_in", places), shared_simulation("small_controlnet"))
 
 
 def test_a_functional_tensor_that_the_graph_does_not_make_is_named() -> None:
-    simulation = shared_simulation("unet")
+    simulation = shared_simulation("small_controlnet")
     sections = broken("functional_encodings", "mid_block.resnets.0", {"add.7": ENTRY})
     with pytest.raises(EncodingsError, match=r"unexpected: mid_block\.resnets\.0:add\.7"):
         simulation.load(from_sections(sections, simulation))
 
 
 def test_ranges_of_another_graph_are_refused(tmp_path: Path) -> None:
-    write_encodings(tmp_path / "x.encodings", to_sections(shared_simulation("controlnet")))
+    write_encodings(tmp_path / "x.encodings", to_sections(shared_simulation("small_controlnet")))
     with pytest.raises(EncodingsError, match="controlnet_cond_embedding"):
-        from_sections(read_encodings(tmp_path / "x.encodings"), shared_simulation("unet"))
+        from_sections(read_encodings(tmp_path / "x.encodings"), simulate(module_case(nn.Linear(2, 2), 1, 2)))

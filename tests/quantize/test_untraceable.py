@@ -41,8 +41,8 @@ def test_the_module_is_named(cls: type[nn.Module], capfd: pytest.CaptureFixture[
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
-def test_one_block_of_a_unet_is_named() -> None:
-    case = copy.deepcopy(shared_case("unet"))
+def test_one_block_of_a_controlnet_is_named() -> None:
+    case = copy.deepcopy(shared_case("small_controlnet"))
     case.adapter.model.get_submodule("mid_block.resnets.1").nonlinearity = Branch()
-    with pytest.raises(UnsupportedModelError, match=r"`mid_block.resnets.1.nonlinearity` \(Branch\) of the unet"):
+    with pytest.raises(UnsupportedModelError, match=r"`mid_block.resnets.1.nonlinearity` \(Branch\) of the controlnet"):
         graph.trace(case.adapter, case.samples[0])

@@ -1,5 +1,6 @@
 """A graph with everything that a UNet has, in small: convolutions, a skip, attention, shared inputs, two outputs."""
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -87,6 +88,12 @@ def int4_grids(graph_module: GraphModule) -> dict[str, CodeGrid]:
         name: CodeGrid.symmetric_blocks(weight.flatten(1).abs().amax(1, keepdim=True) / 7.5, 4)
         for name, weight in rounded_weights(graph_module).items()
     }
+
+
+@cache
+def block_grids() -> dict[str, CodeGrid]:
+    """Those of `block_graph`, without another trace."""
+    return int4_grids(block_graph())
 
 
 def nearest_weights(graph_module: GraphModule, grids: dict[str, CodeGrid]) -> dict[str, Tensor]:

@@ -11,6 +11,7 @@ import torch
 from adaround_graphs import (
     block_adapter,
     block_graph,
+    block_grids,
     block_samples,
     int4_grids,
     nearest_weights,
@@ -75,7 +76,7 @@ def test_outputs_are_far_better_than_with_nearest(traced: GraphModule, reference
 
 
 def test_no_layer_is_worse_than_nearest_on_held_out_data(reference: AdaRoundResult) -> None:
-    assert reference.figures.keys() == int4_grids(block_graph()).keys()
+    assert reference.figures.keys() == block_grids().keys()
     for figures in reference.figures.values():
         assert figures.loss <= figures.nearest_loss
         assert figures.held_out_rows > 0
@@ -127,7 +128,7 @@ def test_quantizers_of_a_simulation_count(tmp_path: Path) -> None:
     settings = load_settings({75}).with_bitwidths(weight=4, activation=8, per_channel=True)
     simulation = Simulation(block_adapter(), samples[0], settings)
     simulation.calibrate(samples)
-    grids = int4_grids(block_graph())
+    grids = block_grids()
     results = [
         adaround(simulation.graph_module, samples, grids, AdaRoundSettings(quantizers=active), tmp_path / str(active))
         for active in (False, True)

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from adaround_graphs import block_graph, rounded_weights
-from static_graphs import Case, module_case, shared_case, vae_case
+from static_graphs import Case, module_case, shared_trace, vae_case
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -28,8 +28,9 @@ CLIP: dict[str, Any] = {
 }
 
 
-def segmented(case: Case) -> SegmentedGraph:
-    traced = graph.trace(case.adapter, case.samples[0])
+def segmented(case: Case | str) -> SegmentedGraph:
+    """A case's, or a shared one's by its name."""
+    traced = shared_trace(case) if isinstance(case, str) else graph.trace(case.adapter, case.samples[0])
     return SegmentedGraph(traced, rounded_weights(traced))
 
 
@@ -51,7 +52,7 @@ def require_sound(graph_: SegmentedGraph, blocks: tuple[Block, ...]) -> None:
 
 
 def test_resnets_and_transformers_of_pasd_s_unet_are_blocks() -> None:
-    case = segmented(shared_case("unet"))
+    case = segmented("unet")
     blocks = find_blocks(case, "block")
     require_sound(case, blocks)
     found = by_name(blocks)
@@ -69,7 +70,7 @@ def test_resnets_and_transformers_of_pasd_s_unet_are_blocks() -> None:
 
 
 def test_blocks_of_a_controlnet() -> None:
-    case = segmented(shared_case("controlnet"))
+    case = segmented("small_controlnet")
     blocks = find_blocks(case, "block")
     require_sound(case, blocks)
     assert "controlnet_cond_embedding" in by_name(blocks)
@@ -134,7 +135,7 @@ def test_a_layer_that_runs_elsewhere_too_stays_as_moments_have_it() -> None:
 )
 def test_what_is_no_block_is_refused(kind: Kind, paths: list[str], message: str) -> None:
     with pytest.raises(UsageError, match=message):
-        find_blocks(segmented(shared_case("unet")), kind, paths=paths)
+        find_blocks(segmented("unet"), kind, paths=paths)
 
 
 def test_a_graph_without_blocks_is_refused() -> None:

@@ -9,7 +9,15 @@ from typing import Any
 import pytest
 import torch
 from adaround_cases import channels_of
-from adaround_graphs import block_adapter, block_graph, block_samples, int4_grids, nearest_weights, rounded_weights
+from adaround_graphs import (
+    block_adapter,
+    block_graph,
+    block_grids,
+    block_samples,
+    int4_grids,
+    nearest_weights,
+    rounded_weights,
+)
 from torch import Tensor
 from torch.fx import GraphModule
 
@@ -40,7 +48,7 @@ def run(traced: GraphModule, folder: Path, reconstruct: Reconstruction | None, *
     report = keywords.pop("report", None)
     settings = AdaRoundSettings(reconstruct=reconstruct, **keywords)
     extra = {"report": report} if report else {}
-    return adaround(traced, block_samples(SAMPLES), int4_grids(block_graph()), settings, folder, **extra)
+    return adaround(traced, block_samples(SAMPLES), block_grids(), settings, folder, **extra)
 
 
 def simulated() -> Simulation:
@@ -58,7 +66,7 @@ def files(folder: Path) -> dict[str, bytes]:
 @contextmanager
 def task_at(traced: GraphModule, block_of: Any, folder: Path, **options: Any) -> Iterator[tuple[BlockTask, Frontiers]]:
     """A block's task, with nearest weights before it."""
-    rounded = nearest_weights(block_graph(), int4_grids(block_graph()))
+    rounded = nearest_weights(block_graph(), block_grids())
     segmented = SegmentedGraph(traced, rounded)
     block: Block = block_of(segmented)
     with ActivationStore(1 << 30, folder / "store", torch.float32) as store, torch.no_grad():
@@ -297,7 +305,7 @@ def test_what_is_kept_for_the_way_back_is_in_the_plan(quantizers: bool, tmp_path
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             task.backward(leaves, [0], task.mean_energy([0]), Drop(0.5, torch.Generator()))
         plan = make_plan(
-            SegmentedGraph(traced, int4_grids(block_graph())),
+            SegmentedGraph(traced, block_grids()),
             samples=4,
             held_out=1,
             budget_bytes=1 << 30,

@@ -5,10 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 from adaround_graphs import block_adapter, block_graph, block_samples, rounded_weights
-from static_graphs import shared_case
+from static_graphs import shared_trace
 
 from sdconvert.errors import UsageError
-from sdconvert.quantize import graph
 from sdconvert.quantize.adaround import steps
 from sdconvert.quantize.adaround.advance import FLOATING, QUANTIZED, Frontiers
 from sdconvert.quantize.adaround.steps import SegmentedGraph
@@ -38,8 +37,7 @@ def test_groups_are_layers_of_one_input_in_execution_order() -> None:
 
 def test_every_step_is_in_one_segment_and_every_value_is_read_after_it_was_made() -> None:
     """PASD's UNet, with every kind of attention."""
-    case = shared_case("unet")
-    graph_module = graph.trace(case.adapter, case.samples[0])
+    graph_module = shared_trace("unet")
     segmented = SegmentedGraph(graph_module, rounded_weights(graph_module))
     assert [step for segment in segmented.segments for step in segment] == segmented.steps
     made = set(segmented.inputs)
