@@ -5,7 +5,7 @@ A manifest that did not know the code would let an old result pass for that of a
 
 import ast
 import hashlib
-from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 PACKAGE = Path(__file__).parent
@@ -35,14 +35,20 @@ def source_hash(path: Path) -> str:
     return digest.hexdigest()
 
 
-def imported_modules(path: Path) -> Iterator[str]:
+def imported_modules(path: Path) -> tuple[str, ...]:
     """Name every module that a Python file imports, inside functions too; `from a import b` names `a` and `a.b`."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    return _imports(path.read_text(encoding="utf-8"))
+
+
+@cache  # stages share most of their files, and parsing all of them takes most of a second
+def _imports(source: str) -> tuple[str, ...]:
+    found: list[str] = []
+    for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            found += (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            yield node.module
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+            found += (node.module, *(f"{node.module}.{alias.name}" for alias in node.names))
+    return tuple(found)
 
 
 def _file(module: str) -> Path:
