@@ -59,7 +59,7 @@ def measure_blocks(
     gate: float = -math.inf,
     finalization_mode: FinalizationMode = 3,
 ) -> list[dict[str, Any]]:
-    """Compile and run every block of a graph for a SoC; a task of its own process.
+    """Compile and run every block of a graph for a SoC; a task for a process.
 
     Args:
         exported: Holds the graph.
