@@ -1,5 +1,6 @@
-"""Tasks in processes of their own, as many at a time as there are cores and memory for."""
+"""Tasks in processes beside this one, as many at a time as there are cores and memory for."""
 
+import gc
 import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sdconvert.errors import EnvironmentProblem
+from sdconvert.memory import return_freed_memory
 
 Task = tuple[Callable[..., Any], tuple[Any, ...]]
 
@@ -25,7 +27,10 @@ def in_threads(tasks: Sequence[Task], jobs: int) -> Iterator[tuple[int, Any]]:
 
 
 def in_processes(tasks: Sequence[Task], jobs: int | None = None) -> Iterator[tuple[int, Any]]:
-    """Run each task in a process with one thread; yield number and result of each as it ends.
+    """Run tasks in processes with one thread each; yield number and result of each as it ends.
+
+    A process takes the next task when it has finished one, for what tasks import takes longer than many of them. What a
+    task held is given back to the system before.
 
     Args:
         tasks: Functions with their arguments; these and the results must be picklable.
@@ -36,12 +41,12 @@ def in_processes(tasks: Sequence[Task], jobs: int | None = None) -> Iterator[tup
         SdconvertError: As the first task that fails.
     """
     jobs = jobs or _cores()
-    with _ending(ProcessPoolExecutor(jobs, get_context("spawn"), _begin, max_tasks_per_child=1)) as pool:
+    with _ending(ProcessPoolExecutor(jobs, get_context("spawn"), _begin)) as pool:
         yield from _results(pool, tasks)
 
 
 def _results(pool: Executor, tasks: Sequence[Task]) -> Iterator[tuple[int, Any]]:
-    waiting = {pool.submit(function, *arguments): index for index, (function, arguments) in enumerate(tasks)}
+    waiting = {pool.submit(_run, *task): index for index, task in enumerate(tasks)}
     for future in as_completed(waiting):
         try:
             result = future.result()
@@ -52,6 +57,14 @@ def _results(pool: Executor, tasks: Sequence[Task]) -> Iterator[tuple[int, Any]]
                 hint="most of the time that is the system, out of memory: close other programs; finished stages stay",
             ) from error
         yield waiting[future], result
+
+
+def _run(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+    try:
+        return function(*arguments)
+    finally:
+        gc.collect()  # a traced graph holds itself
+        return_freed_memory()
 
 
 @contextmanager

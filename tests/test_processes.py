@@ -21,6 +21,22 @@ def where() -> tuple[int, int]:
     return os.getpid(), torch.get_num_threads()
 
 
+def meet(folder: Path, number: int, count: int) -> int:
+    (folder / str(number)).touch()
+    while len(list(folder.iterdir())) < count:
+        time.sleep(0.01)
+    return os.getpid()
+
+
+def hold(size: int) -> None:
+    ring: list[object] = [b"x" * size]
+    ring.append(ring)  # only a collection finds it
+
+
+def resident() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
 def refuse(name: str) -> None:
     raise CompileError(f"`{name}` is refused", hint="compile another")
 
@@ -39,11 +55,19 @@ def test_every_result_comes_with_its_number() -> None:
     assert dict(in_processes(tasks)) == dict(in_threads(tasks, 2)) == {number: number**2 for number in range(3)}
 
 
-def test_each_task_has_a_process_with_one_thread() -> None:
-    found = dict(in_processes([(where, ()), (os.getpid, ())]))
-    first, threads = found[0]
-    assert len({first, found[1], os.getpid()}) == 3
-    assert threads == 1
+def test_a_process_has_one_thread_and_takes_task_after_task() -> None:
+    ((pid, threads),) = {result for _, result in in_processes([(where, ())] * 2, jobs=1)}
+    assert (pid != os.getpid(), threads) == (True, 1)
+
+
+def test_as_many_tasks_run_at_once_as_there_are_jobs(tmp_path: Path) -> None:
+    found = dict(in_processes([(meet, (tmp_path, number, 2)) for number in range(2)], jobs=2))
+    assert len({*found.values(), os.getpid()}) == 3
+
+
+def test_what_a_task_held_is_free_when_the_next_begins() -> None:
+    before, _, after = (result for _, result in in_processes([(resident, ()), (hold, (1 << 28,)), (resident, ())], 1))
+    assert after - before < 1 << 26
 
 
 def test_an_error_keeps_class_text_and_hint_and_what_has_not_begun_never_does(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from sdconvert.adapters import Tensors
 from sdconvert.export.blocks import Block
@@ -13,7 +14,9 @@ from sdconvert.export.parts import Part
 from sdconvert.export.runner import OnnxRunner
 from sdconvert.io.files import read_json, write_json_atomic
 from sdconvert.io.tensors import flatten, load_tensors, save_tensors, unflatten
-from sdconvert.quantize.artifact import BoundaryTensor
+
+if TYPE_CHECKING:  # AIMET comes with it, and who reads what an export left has no need of that
+    from sdconvert.quantize.artifact import BoundaryTensor
 
 __all__ = [
     "Block",
@@ -102,7 +105,7 @@ class ExportArtifact:
         flat = load_tensors(self.folder / f"{graph}.blocks.safetensors")
         return {part: _below(flat, f"{part}/") for part in ("simulated", "fp32", "fp32_block")}
 
-    def write_blocks(self, graph: str, blocks: Sequence[Block], boundaries: Mapping[str, BoundaryTensor]) -> None:
+    def write_blocks(self, graph: str, blocks: Sequence[Block], boundaries: "Mapping[str, BoundaryTensor]") -> None:
         """Keep what `blocks` and `boundaries` return."""
         write_json_atomic([asdict(block) for block in blocks], self.folder / f"{graph}.blocks.json")
         flat = {f"{part}/{key}": getattr(one, part) for key, one in boundaries.items() for part in vars(one)}

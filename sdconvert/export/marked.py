@@ -16,10 +16,10 @@ from onnx import ModelProto
 from torch import Tensor, nn
 
 from sdconvert.adapters import Tensors
+from sdconvert.export.onnx_passes import simplify_onnx
+from sdconvert.export.origin import TENSOR_KEY
 from sdconvert.quantize.artifact import Simulation
 
-TENSOR_KEY = "sdconvert.tensor"
-"""Metadata of a DequantizeLinear: the key of the simulation's tensor that it makes."""
 _DOMAIN, _MARKER, _KEY = "sdconvert", "Quantizer", "key"
 
 
@@ -45,9 +45,11 @@ def export_marked(simulation: Simulation, example: Tensors, opset: int) -> ir.Mo
             opset_version=opset,
             input_names=list(simulation.input_names),
             output_names=list(simulation.output_names),
+            optimize=False,
             verbose=False,
         )
     assert program is not None  # for the type checker: dynamo=True returns one
+    simplify_onnx(program.model)
     return program.model
 
 

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from sdconvert.adapters import Tensors
 from sdconvert.errors import SdconvertError
-from sdconvert.export.marked import TENSOR_KEY, export_marked, finish, markers
+from sdconvert.export.marked import export_marked, finish, markers
+from sdconvert.export.origin import TENSOR_KEY
 from sdconvert.io.encodings import Encoding
 from sdconvert.quantize.artifact import SECOND, Encodings, Simulation, WeightGrid
 

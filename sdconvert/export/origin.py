@@ -7,8 +7,8 @@ from pathlib import Path
 import onnx
 from onnx import GraphProto, NodeProto
 
-from sdconvert.export.marked import TENSOR_KEY
-
+TENSOR_KEY = "sdconvert.tensor"
+"""Metadata of a DequantizeLinear: the key of the simulation's tensor that it makes."""
 _PAIR = ["QuantizeLinear", "DequantizeLinear"]
 
 

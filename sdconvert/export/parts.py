@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
 from onnx import ModelProto
 from onnx.utils import Extractor
@@ -10,7 +11,9 @@ from onnx.utils import Extractor
 from sdconvert.adapters import Tensors
 from sdconvert.errors import UsageError
 from sdconvert.export.blocks import Block
-from sdconvert.quantize.artifact import BoundaryTensor
+
+if TYPE_CHECKING:
+    from sdconvert.quantize.artifact import BoundaryTensor
 
 
 @dataclass(frozen=True)
@@ -100,7 +103,7 @@ def _extract(extractor: Extractor, cut: _Cut) -> ModelProto:
 
 
 def part_answers(
-    part: Part, inputs: Tensors, boundaries: Mapping[str, BoundaryTensor]
+    part: Part, inputs: Tensors, boundaries: "Mapping[str, BoundaryTensor]"
 ) -> tuple[Tensors, Tensors, Tensors]:
     """What a part gets, and what it is to answer, for one set of the whole graph's inputs.
 

@@ -51,7 +51,7 @@ def run(context: StageContext) -> dict[str, Any]:
 
 
 def export_graph(recipe: Recipe, folder: RunFolder, out: Path, graph: str) -> tuple[dict[str, float], dict[str, int]]:
-    """Write one graph's ONNX file and answers; a task of its own process.
+    """Write one graph's ONNX file and answers; a task for a process.
 
     Returns:
         How well the file agrees with the simulation and with fp32, in dB; and its nodes by type.

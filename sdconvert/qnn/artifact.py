@@ -29,12 +29,9 @@ __all__ = [
     "parse_context_info",
 ]
 
+SIMULATED = ".simulated.safetensors"
+"""Behind a graph's name: the file with the simulator's answers, beside the contexts."""
 _FILE = "qnn.json"
-
-
-def simulated_path(graph: str, soc: str) -> str:
-    """File with the simulator's answers, below the stage's folder."""
-    return f"{soc}/{graph}.simulated.safetensors"
 
 
 class QnnArtifact:
@@ -72,7 +69,7 @@ class QnnArtifact:
 
     def simulated(self, graph: str, soc: str) -> list[dict[str, Tensor]]:
         """What a context answered in the simulator to the held-out inputs of the export stage, in their order."""
-        return unflatten(load_tensors(self.folder / simulated_path(graph, soc)))
+        return unflatten(load_tensors(self.folder / soc / f"{graph}{SIMULATED}"))
 
     def pictures(self) -> dict[str, Tensor]:
         """One tile of every held-out photograph as the simulator draws it, by the calibration stage's names."""

@@ -34,7 +34,7 @@ def require_answers_differ(graph: str, inputs: Sequence[Tensors], answers: Seque
     """
     for earlier in range(len(inputs)):
         for later in range(earlier + 1, len(inputs)):
-            if not _equal(inputs[earlier], inputs[later]) and _equal(answers[earlier], answers[later]):
+            if not all_equal(inputs[earlier], inputs[later]) and all_equal(answers[earlier], answers[later]):
                 raise CompileError(
                     f"the {graph} graph gives the same answer to held-out inputs {earlier + 1} and {later + 1}, "
                     "which differ",
@@ -42,5 +42,6 @@ def require_answers_differ(graph: str, inputs: Sequence[Tensors], answers: Seque
                 )
 
 
-def _equal(one: Tensors, other: Tensors) -> bool:
+def all_equal(one: Tensors, other: Tensors) -> bool:
+    """Tell whether two sets of tensors with the same names hold the same bits."""
     return all(one[name].equal(other[name]) for name in one)

@@ -1,6 +1,6 @@
 """What compiled graphs answer in the HTP simulator: to held-out inputs, as pictures, to prompt and control image.
 
-Each function is a task of its own process: the simulator computes on one core, and keeps its memory until it ends.
+Each function is a task for a process beside others: the simulator computes on one core.
 """
 
 from collections.abc import Mapping
@@ -14,12 +14,14 @@ from sdconvert.calibration.artifact import CalibrationArtifact
 from sdconvert.checkpoint.artifact import CheckpointArtifact
 from sdconvert.config import Recipe
 from sdconvert.export.artifact import ExportArtifact
-from sdconvert.io.tensors import flatten, save_tensors
+from sdconvert.io.tensors import flatten, load_tensors, save_tensors, unflatten
 from sdconvert.metrics import psnr_db, sqnr_db, worst_sqnr_db
 from sdconvert.pipelines.backend import GraphRunner, graph_adapters, swap_backends
 from sdconvert.pipelines.prompt_units import tokenize
 from sdconvert.pipelines.response import compare_responses, noise_differences, predicted_noise
 from sdconvert.pipelines.sampling import sampling_arguments
+from sdconvert.qnn.answered import Answered
+from sdconvert.qnn.artifact import SIMULATED
 from sdconvert.qnn.chain import Chain, Runner
 from sdconvert.qnn.io_check import require_answers_differ
 from sdconvert.qnn.simulator import Simulator
@@ -50,11 +52,27 @@ class Road:
         """The checkpoint in fp32."""
         return CheckpointArtifact(self.run.stage_folder("10-checkpoint")).pipeline()
 
-    def simulators(self, *graphs: str) -> dict[str, Runner]:
-        """The named graphs or parts in the simulator; all graphs if none is named."""
-        return {graph: self._simulator(graph) for graph in graphs or self.exported().graphs()}
+    def simulated(self, graph: str) -> Path:
+        """Where `simulate_answers` leaves what a graph answers, beside the contexts."""
+        return next(iter(self.contexts.values())).with_name(f"{graph}{SIMULATED}")
 
-    def _simulator(self, graph: str) -> Runner:
+    def simulators(self, *graphs: str) -> dict[str, Runner]:
+        """The named graphs or parts in the simulator; all graphs if none is named.
+
+        They answer held-out inputs with what `simulate_answers` left: a picture, and the first of its steps, begin with
+        such inputs.
+        """
+        return {graph: self._answered(graph) for graph in graphs or self.exported().graphs()}
+
+    def _answered(self, graph: str) -> Runner:
+        runner, path = self.simulator(graph), self.simulated(graph)
+        if not path.is_file():
+            return runner
+        asked = [inputs for inputs, *_ in self.exported().answers(graph)]
+        return Answered(runner, asked, unflatten(load_tensors(path)))
+
+    def simulator(self, graph: str) -> Runner:
+        """One graph or part in the simulator."""
         parts = self.exported().parts(graph)
         if not parts:
             return Simulator(self.contexts[graph])
@@ -62,13 +80,13 @@ class Road:
         return Chain(parts, {part.name: Simulator(self.contexts[part.name]) for part in parts}, outputs)
 
 
-def simulate_answers(road: Road, graph: str, target: Path) -> dict[str, Any]:
+def simulate_answers(road: Road, graph: str) -> dict[str, Any]:
     """Run a graph on its held-out inputs, keep what it answers, and compare that with fp32 and the quantized model."""
-    (simulator,) = road.simulators(graph).values()
+    simulator = road.simulator(graph)
     answers = road.exported().answers(graph)
     simulated = [simulator(inputs) for inputs, *_ in answers]
     require_answers_differ(graph, [inputs for inputs, *_ in answers], simulated)
-    save_tensors(flatten(simulated), target)
+    save_tensors(flatten(simulated), road.simulated(graph))
     return _score(simulated, answers)
 
 
