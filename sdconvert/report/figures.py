@@ -2,7 +2,7 @@
 
 import re
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from sdconvert.android.artifact import AndroidArtifact
 from sdconvert.artifacts import Manifest, RunFolder
 from sdconvert.config import GatesSection, Recipe
 from sdconvert.errors import PreconditionError
-from sdconvert.export.artifact import ExportArtifact
+from sdconvert.export.artifact import ExportArtifact, Part
 from sdconvert.io.files import read_json
 from sdconvert.mha2sha.artifact import Mha2ShaArtifact
 from sdconvert.qnn.artifact import QnnArtifact
@@ -47,7 +47,8 @@ def collect_figures(
     """
     manifests = {stage: _manifest(run, stage) for stage in stages}
     qnn = QnnArtifact(run.stage_folder("60-qnn"))
-    graphs = ExportArtifact(run.stage_folder("50-export")).graphs()
+    exported = ExportArtifact(run.stage_folder("50-export"))
+    graphs = exported.graphs()
     quantized = QuantizeArtifact(run.stage_folder("30-quantize"))
     android = AndroidArtifact(run.stage_folder("70-android"))
     accuracy = {graph: _accuracy(graph, manifests, qnn) for graph in graphs}
@@ -72,7 +73,7 @@ def collect_figures(
         "size_quality": _size_quality(recipe),
         "head_ranges": _head_ranges(Mha2ShaArtifact(run.stage_folder("40-mha2sha"))),
         "contexts": _contexts(qnn),
-        "sizes": {graph: _sizes(graph, manifests) for graph in graphs},
+        "sizes": {graph: _sizes(graph, manifests, exported.parts(graph), qnn) for graph in graphs},
         "bundle": _bundle(android),
         "bench": bench_figures(Path(recipe.report.bench), android) if recipe.report.bench else {},
         "nodes": read_json(run.stage_folder("50-export") / "nodes.json"),
@@ -223,11 +224,15 @@ def _contexts(qnn: QnnArtifact) -> list[dict[str, Any]]:
     ]
 
 
-def _sizes(graph: str, manifests: Mapping[str, Manifest]) -> dict[str, int]:
+def _sizes(graph: str, manifests: Mapping[str, Manifest], parts: Sequence[Part], qnn: QnnArtifact) -> dict[str, Any]:
     exported = manifests["50-export"].outputs
     weights = manifests["30-quantize"].outputs[f"{graph}/state_dict_mha.safetensors"]
     onnx = (exported[name].bytes for name in (f"{graph}.onnx", f"{graph}.onnx.data") if name in exported)
-    return {"weights_fp32_bytes": weights.bytes, "onnx_bytes": sum(onnx)}
+    contexts = Counter[str]()
+    for (name, soc), context in qnn.contexts.items():
+        if name in ([part.name for part in parts] or [graph]):
+            contexts[soc] += context.bin.stat().st_size
+    return {"weights_fp32_bytes": weights.bytes, "onnx_bytes": sum(onnx), "context_bytes": dict(contexts)}
 
 
 def _bundle(artifact: AndroidArtifact) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from sdconvert.artifacts import RunFolder
 from sdconvert.calibration.artifact import CalibrationArtifact
 from sdconvert.config import GatesSection
 from sdconvert.errors import PreconditionError
+from sdconvert.export.artifact import ExportArtifact, Part
 from sdconvert.io.tensors import load_tensors, save_tensors
 from sdconvert.metrics import psnr_db, psnr_y, ssim_y
 from sdconvert.qnn.artifact import QnnArtifact
@@ -89,6 +90,24 @@ def test_figures_are_those_of_the_stages(report: Report, finished: RunFolder) ->
     assert figures["versions"] == {"torch": "2.7.0, 2.6.0"}
     assert {row["name"]: row["author"] for row in figures["photographs"]}["china"].endswith("; CC BY 2.0")
     assert report.metrics == {"report": "80-report/report.html", "note": "7 of 7 gates passed"}
+
+
+def test_parts_of_a_graph_count_together(finished: RunFolder, tmp_path: Path) -> None:
+    run = copy_run(finished, tmp_path / "run")
+    exported = ExportArtifact(run.stage_folder("50-export"))
+    exported.write_parts("unet", [Part(name, {}, {}, ()) for name in ("unet_1", "unet_2")])
+    path = run.stage_folder("60-qnn") / "qnn.json"
+    content = json.loads(path.read_text())
+    records = content["contexts"]
+    whole = [record for record in records if record["graph"] == "unet"]
+    parts = [record | {"graph": part} for record in whole for part in ("unet_1", "unet_2")]
+    content["contexts"] = [record for record in records if record["graph"] != "unet"] + parts
+    path.write_text(json.dumps(content))
+    before = QnnArtifact(finished.stage_folder("60-qnn")).contexts
+    found = make_report(run).artifact.figures()["sizes"]
+    for soc in SOCS:
+        assert found["unet"]["context_bytes"][soc] == 2 * before["unet", soc].bin.stat().st_size
+        assert found["vae_decoder"]["context_bytes"][soc] == before["vae_decoder", soc].bin.stat().st_size
 
 
 def test_d12_sizes_and_warnings_of_the_calibration_stand_in_the_page(report: Report) -> None:
