@@ -1,5 +1,6 @@
 """Units that turn prompts into embeddings, one side of guidance at a time."""
 
+import copy
 import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -60,6 +61,8 @@ def guided_sides(
 
 def tokenize(tokenizer: Any, prompt: str, length: int) -> Any:
     """Token ids and attention mask, each (1, length); warns if the prompt is longer."""
+    # Padding is a state of the tokenizer, and runs in lockstep share one: another's would come in between.
+    tokenizer = copy.deepcopy(tokenizer)
     tokens = tokenizer(prompt, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
     used = len(tokenizer(prompt).input_ids)
     if used > length:

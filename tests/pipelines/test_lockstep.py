@@ -1,12 +1,16 @@
 """Runs in lockstep: calls of one graph are answered together, and the answers are those of runs one by one."""
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from torch import Tensor
 
+from sdconvert.assets import asset_path
+from sdconvert.pipelines.loading import load_tokenizer
 from sdconvert.pipelines.lockstep import Lockstep, Request
+from sdconvert.pipelines.prompt_units import tokenize
 
 Told = list[tuple[str, list[str]]]
 
@@ -101,3 +105,10 @@ def test_gradients_are_recorded_in_no_thread() -> None:
         return any(one.requires_grad for one in steps.each(lambda x: weight * x, [1.0, 2.0]))
 
     assert steps.run({"a": run}) == [False]
+
+
+def test_prompts_are_read_side_by_side_with_one_tokenizer() -> None:
+    tokenizer = load_tokenizer(asset_path("pasd_tiny") / "tokenizer")
+    with ThreadPoolExecutor(4) as pool:
+        found = pool.map(lambda _: tokenize(tokenizer, "clean", 77).input_ids.shape, range(200))
+        assert set(found) == {(1, 77)}
