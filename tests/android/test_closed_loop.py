@@ -7,10 +7,10 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from small_loop import NAMES, SMALL
 from torch import Tensor
 
 from sdconvert.adapters import ModelAdapter
@@ -33,20 +33,8 @@ from sdconvert.pipelines.response import predicted_noise
 from sdconvert.qnn.simulator import Simulator
 
 # Two tiles a picture and two sides: eight calls of the ControlNet in one go.
-ARGUMENTS: dict[str, Any] = {
-    "prompt": "clean",
-    "negative_prompt": "blurry",
-    "num_inference_steps": 3,
-    "guidance_scale": 2.0,
-    "conditioning_scale": 1.0,
-    "seed": 1,
-    "upscale": 4,
-    "latent_tile": 8,
-    "latent_overlap": 4,
-    "color_fix": True,
-}
+ARGUMENTS = SMALL | {"negative_prompt": "blurry", "num_inference_steps": 3, "guidance_scale": 2.0}
 FIRST = ("sample", "t_emb", "encoder_hidden_states", "controlnet_cond")
-NAMES = ("chelsea-tile", "china-tile")
 
 
 class Fp32:

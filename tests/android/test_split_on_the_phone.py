@@ -15,6 +15,7 @@ import onnx
 import pytest
 import torch
 from onnx import ModelProto
+from small_loop import NAMES, SMALL
 from torch import Tensor
 
 from sdconvert.adapters import ModelAdapter, Tensors
@@ -40,18 +41,7 @@ from sdconvert.soc import find_soc
 
 ROOT = Path(__file__).parents[2]
 SOC = find_soc("SM8650")
-ARGUMENTS: dict[str, Any] = {
-    "prompt": "clean",
-    "num_inference_steps": 2,
-    "guidance_scale": 1.0,
-    "conditioning_scale": 1.0,
-    "seed": 1,
-    "upscale": 4,
-    "latent_tile": 8,
-    "latent_overlap": 4,
-    "color_fix": True,
-}
-NAMES = ("chelsea-tile", "china-tile")
+ARGUMENTS = SMALL | {"num_inference_steps": 2, "guidance_scale": 1.0}
 
 
 class Calls:
