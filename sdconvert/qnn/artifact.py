@@ -49,10 +49,7 @@ class QnnArtifact:
     @classmethod
     def write(cls, folder: Path, contexts: Iterable[Context], figures: Mapping[str, Any]) -> "QnnArtifact":
         """Record contexts, whose files lie under `folder`, and JSON-able figures measured on them."""
-        records = []
-        for context in contexts:
-            paths = {key: getattr(context, key).relative_to(folder).as_posix() for key in ("bin", "ctx_onnx")}
-            records.append(asdict(context) | paths | {"soc": context.soc.name})
+        records = [context_record(context, folder) for context in contexts]
         write_json_atomic({"contexts": records, "figures": dict(figures)}, folder / _FILE)
         return cls(folder)
 
@@ -87,21 +84,30 @@ class QnnArtifact:
     @cached_property
     def contexts(self) -> dict[tuple[str, str], Context]:
         """Every compiled context by graph and SoC name."""
-        found = (self._context(record) for record in self._content["contexts"])
+        found = (read_context(record, self.folder) for record in self._content["contexts"])
         return {(context.graph, context.soc.name): context for context in found}
 
-    def _context(self, record: dict[str, Any]) -> Context:
-        def specs(key: str) -> tuple[TensorSpec, ...]:
-            return tuple(TensorSpec(x["name"], x["dtype"], tuple(x["shape"])) for x in record[key])
 
-        return Context(
-            **record
-            | {
-                "soc": find_soc(record["soc"]),
-                "bin": self.folder / record["bin"],
-                "ctx_onnx": self.folder / record["ctx_onnx"],
-                "info": ContextInfo(**record["info"]),
-                "inputs": specs("inputs"),
-                "outputs": specs("outputs"),
-            }
-        )
+def context_record(context: Context, folder: Path) -> dict[str, Any]:
+    """A context as JSON values; its files lie below the folder."""
+    paths = {key: getattr(context, key).relative_to(folder).as_posix() for key in ("bin", "ctx_onnx")}
+    return asdict(context) | paths | {"soc": context.soc.name}
+
+
+def read_context(record: dict[str, Any], folder: Path) -> Context:
+    """What `context_record` described, with its files below a folder."""
+
+    def specs(key: str) -> tuple[TensorSpec, ...]:
+        return tuple(TensorSpec(x["name"], x["dtype"], tuple(x["shape"])) for x in record[key])
+
+    return Context(
+        **record
+        | {
+            "soc": find_soc(record["soc"]),
+            "bin": folder / record["bin"],
+            "ctx_onnx": folder / record["ctx_onnx"],
+            "info": ContextInfo(**record["info"]),
+            "inputs": specs("inputs"),
+            "outputs": specs("outputs"),
+        }
+    )

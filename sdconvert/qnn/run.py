@@ -8,20 +8,17 @@ from typing import Any
 from sdconvert.calibration.artifact import TILE, CalibrationArtifact
 from sdconvert.config import Recipe
 from sdconvert.export.artifact import ExportArtifact
-from sdconvert.processes import Task, in_processes, in_threads, jobs_for
+from sdconvert.processes import Task, in_processes, jobs_for
 from sdconvert.qnn.artifact import QnnArtifact
-from sdconvert.qnn.context import Context, compile_context
+from sdconvert.qnn.context import Context
+from sdconvert.qnn.contexts import compile_contexts
 from sdconvert.qnn.fidelity import measure_blocks
 from sdconvert.qnn.gates import BLOCK_MEASURE, MEASURES, gate_of, missed_gates, worst_block, worst_ratio
-from sdconvert.qnn.io_check import require_io
-from sdconvert.qnn.needs import bytes_to_compile
+from sdconvert.qnn.needs import bytes_to_simulate
 from sdconvert.qnn.simulate import Road, simulate_answers, simulate_picture, simulate_response, simulate_steps
 from sdconvert.soc import find_soc
 from sdconvert.stages import StageContext
 
-# A process that simulates the small model took 1.3 GiB; a picture has every context beside the model in fp32. What a
-# large one takes was not measured.
-_PROCESS_BYTES, _COPIES = 2 << 30, 6
 _BLOCKS = "blocks"
 # What pictures and steps begin with is among the held-out inputs of these graphs, and answered when they come to it.
 _ASKED_AGAIN = ("vae_encoder", "controlnet", "text_encoder")
@@ -29,32 +26,10 @@ _ASKED_AGAIN = ("vae_encoder", "controlnet", "text_encoder")
 
 def run(context: StageContext) -> dict[str, Any]:
     """Do the stage's work; see `Stage.run`."""
-    contexts = _compile(context)
+    contexts = compile_contexts(context)
     figures = _simulate(context, contexts)
     QnnArtifact.write(context.out, contexts, figures)
     return _metrics(context.recipe, figures, contexts)
-
-
-def _compile(context: StageContext) -> list[Context]:
-    """Compile every graph for every SoC, SoC by SoC."""
-    exported = ExportArtifact(context.run.stage_folder("50-export"))
-    socs = [find_soc(name) for name in dict.fromkeys(context.recipe.qnn.socs)]
-    graphs = exported.compiled_graphs()
-    mode, dlc = context.recipe.qnn.finalization_mode, "dlc" in context.recipe.export.targets
-
-    def compile_one(graph: str, soc: Any) -> Context:
-        return compile_context(exported.onnx(graph), context.out / soc.name, soc, finalization_mode=mode, dlc=dlc)
-
-    tasks: list[Task] = [(compile_one, (graph, soc)) for soc in socs for graph in graphs]
-    contexts: dict[int, Context] = {}
-    context.report.step(0, len(tasks), f"compile {len(graphs)} graphs for {', '.join(soc.name for soc in socs)}")
-    largest = max(exported.graph_bytes(graph) for graph in graphs)
-    for index, compiled in in_threads(tasks, jobs_for(bytes_to_compile(largest, context.recipe.pipeline.latent_tile))):
-        require_io(compiled, exported.io(compiled.graph))
-        contexts[index] = compiled
-        if len(contexts) < len(tasks):
-            context.report.step(len(contexts), len(tasks), f"compiled {compiled.graph} for {compiled.soc.name}")
-    return [contexts[index] for index in range(len(tasks))]
 
 
 def _simulate(context: StageContext, contexts: list[Context]) -> dict[str, Any]:
@@ -69,7 +44,7 @@ def _simulate(context: StageContext, contexts: list[Context]) -> dict[str, Any]:
     keys = sorted(tasks, key=lambda key: key[0] != "graphs" or key[1] not in _ASKED_AGAIN)
     context.report.step(0, len(tasks), "simulate graphs, blocks and pictures")
     for index, result in in_processes(
-        [tasks[key] for key in keys], jobs_for(_PROCESS_BYTES + _COPIES * _largest_set(contexts))
+        [tasks[key] for key in keys], jobs_for(bytes_to_simulate(_largest_set(contexts)))
     ):
         found[keys[index]] = result
         if len(found) < len(tasks):

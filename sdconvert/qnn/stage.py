@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from sdconvert.config import Recipe
-from sdconvert.qnn.needs import SIMULATING_BYTES, bytes_to_compile
+from sdconvert.qnn.needs import bytes_to_compile, bytes_to_simulate
 from sdconvert.stages import Need, StageContext
 
 
@@ -36,7 +36,7 @@ class QnnStage:
         compiling = bytes_to_compile(graph, recipe.pipeline.latent_tile)
         cut = f" in {parts[largest]} parts" if parts[largest] > 1 else ""
         return Need(
-            max(compiling, SIMULATING_BYTES),
+            max(compiling, bytes_to_simulate(0)),
             f"{largest}{cut}, {parameters[largest]:,} parameters",
             f"cut `{largest}` with `export.split`, or take smaller tiles (`pipeline.latent_tile`)",
         )
