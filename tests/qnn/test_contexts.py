@@ -1,7 +1,12 @@
 """All graphs of a run for all its SoCs: one failure stops no other graph, and nothing is compiled twice."""
 
+import os
 import shutil
+import signal
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import onnx
@@ -20,12 +25,9 @@ from sdconvert.stages import StageContext
 SOCS = ("SM8550", "SM8650")
 
 
-class Steps:
-    def __init__(self) -> None:
-        self.notes: list[str] = []
-
+class Quiet:
     def step(self, done: int, total: int, note: str = "") -> None:
-        self.notes.append(f"{done}/{total} {note}")
+        pass
 
 
 def export(run: RunFolder, **graphs: Callable[[Path], Path]) -> None:
@@ -38,26 +40,23 @@ def export(run: RunFolder, **graphs: Callable[[Path], Path]) -> None:
         exported.write_io(graph, describe_io(model, graph))
 
 
-def stage(run: RunFolder) -> tuple[StageContext, Steps]:
-    steps, out = Steps(), run.root / "out"
+def stage(run: RunFolder) -> StageContext:
+    out = run.root / "out"
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
     recipe = load_recipe("pasd_tiny", [f"qnn.socs={list(SOCS)}".replace("'", '"')])
-    return StageContext(recipe, out, run, steps, "f" * 64), steps
+    return StageContext(recipe, out, run, Quiet(), "f" * 64)
 
 
 def test_what_fails_is_named_and_the_rest_is_compiled_once(tmp_path: Path) -> None:
     run = RunFolder(tmp_path / "run")
     export(run, text_encoder=conv_silu_conv, unet=refused)
-    context, steps = stage(run)
+    context = stage(run)
     with pytest.raises(CompileError) as caught:
         compile_contexts(context)
     for soc in SOCS:
         assert f"{soc} refuses 1 node (Det `determinant_node`) in `unet.onnx`" in str(caught.value)
     assert "2 of 4 contexts are kept, and the same command goes on from there" in caught.value.hint
-    assert sorted(note.partition("compiled ")[2] for note in steps.notes[1:]) == [
-        f"text_encoder for {soc}" for soc in SOCS
-    ]
     assert not any(context.out.iterdir())
     # The log that the message names is still there.
     assert (context.scratch / "SM8650/unet.compile.log").is_file()
@@ -65,7 +64,7 @@ def test_what_fails_is_named_and_the_rest_is_compiled_once(tmp_path: Path) -> No
     export(run, text_encoder=conv_silu_conv, unet=conv_silu_conv)
     (context.scratch / "SM8650/.partial-unet-killed").mkdir()
     before = {soc: (context.scratch / soc / "text_encoder_qnn.bin").stat().st_mtime_ns for soc in SOCS}
-    context, _ = stage(run)
+    context = stage(run)
     found = compile_contexts(context)
     assert [(one.soc.name, one.graph) for one in found] == [
         (soc, graph) for soc in SOCS for graph in ("text_encoder", "unet")
@@ -78,3 +77,29 @@ def test_what_fails_is_named_and_the_rest_is_compiled_once(tmp_path: Path) -> No
     for soc in SOCS:
         assert (context.scratch / soc / "text_encoder_qnn.bin").stat().st_mtime_ns == before[soc]
     assert not list(context.out.rglob(".partial-*"))
+
+
+def kill_compiler(mark: str) -> None:
+    """Kill the first process whose command line has a mark, as a system without memory does."""
+    while True:
+        for path in Path("/proc").glob("[0-9]*/cmdline"):
+            with suppress(OSError):  # it has ended meanwhile
+                if mark.encode() in path.read_bytes():
+                    os.kill(int(path.parent.name), signal.SIGKILL)
+                    return
+        time.sleep(0.01)
+
+
+def test_a_compiler_that_is_killed_is_told_and_the_rest_goes_on(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path / "run")
+    export(run, text_encoder=conv_silu_conv, unet=conv_silu_conv)
+    context = stage(run)
+    with ThreadPoolExecutor(1) as pool:
+        killed = pool.submit(kill_compiler, f"{context.scratch.name}/SM8650/.partial-unet-")
+        with pytest.raises(CompileError, match=r"compiler of `unet.onnx` for SM8650 was killed by signal 9") as caught:
+            compile_contexts(context)
+        killed.result()
+    assert "out of memory" in caught.value.hint
+    assert "3 of 4 contexts are kept" in caught.value.hint
+    context = stage(run)
+    assert len(compile_contexts(context)) == 4
