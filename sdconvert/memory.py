@@ -3,9 +3,14 @@
 import ctypes
 import resource
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 _RESET, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
+_MMAP_THRESHOLD = -3  # mallopt(3): blocks of that size are no part of the heap
+_LARGEST_THRESHOLD = 32 << 20  # where glibc's own one ends up in a program with large tensors
 _UNIT = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes where Linux counts KiB
 
 
@@ -33,7 +38,29 @@ class PeakMemory:
 
 def return_freed_memory() -> None:
     """Give back to the system what was freed: glibc keeps blocks below 32 MiB for itself, and they count as used."""
-    if sys.platform == "linux":
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # musl has none, and gives back by itself
-        if trim is not None:
-            trim(0)
+    trim = _of_glibc("malloc_trim")
+    if trim is not None:
+        trim(0)
+
+
+@contextmanager
+def freed_at_once() -> Iterator[None]:
+    """Within, blocks of a MiB or more go back to the system as they are freed.
+
+    glibc puts them on its heap as soon as one of up to 32 MiB was freed; tensors that come and go there leave holes
+    between those that stay, which took more than half a GiB beside 300 MiB of tensors.
+    """
+    option = _of_glibc("mallopt")
+    if option is None:
+        yield
+        return
+    option(_MMAP_THRESHOLD, 1 << 20)
+    try:
+        yield
+    finally:
+        option(_MMAP_THRESHOLD, _LARGEST_THRESHOLD)
+
+
+def _of_glibc(name: str) -> Callable[..., Any] | None:
+    """A function of the C library; None where it is another one, which gives back by itself."""
+    return getattr(ctypes.CDLL(None), name, None) if sys.platform == "linux" else None

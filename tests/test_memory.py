@@ -1,7 +1,10 @@
-"""The peak is that of the stretch that was measured."""
+"""The peak is that of the stretch that was measured, and what is freed counts no more."""
 
+import platform
 import subprocess
 import sys
+
+import pytest
 
 from sdconvert.memory import PeakMemory
 
@@ -28,3 +31,27 @@ print(memory.peak_bytes())
 """
     finished = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert 300 * MIB < int(finished.stdout) < 500 * MIB
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of glibc's heap")
+@pytest.mark.parametrize(("context", "mib"), [("freed_at_once", 160), ("nullcontext", 320)])
+def test_blocks_between_others_go_back_to_the_system(context: str, mib: int) -> None:
+    code = f"""
+from contextlib import nullcontext
+from pathlib import Path
+from sdconvert.memory import freed_at_once
+
+def own_mib():
+    return int(next(line.split()[1] for line in Path("/proc/self/status").open() if line.startswith("RssAnon"))) >> 10
+
+with {context}():
+    before = own_mib()
+    large = bytearray(31 << 20)
+    del large  # from here on glibc has blocks of this size on its heap
+    blocks = [bytearray(b"x" * (8 << 20)) for _ in range(40)]
+    kept = blocks[::2]
+    del blocks
+    print(own_mib() - before)
+"""
+    finished = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert int(finished.stdout) == pytest.approx(mib, abs=20)

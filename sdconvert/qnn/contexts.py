@@ -18,7 +18,7 @@ _PARTIAL = ".partial-*"
 
 
 def compile_contexts(context: StageContext) -> list[Context]:
-    """Compile every graph for every SoC, SoC by SoC; the files lie below `context.out`.
+    """Compile every graph for every SoC; the files lie below `context.out`.
 
     A graph that fails keeps no other from being compiled. What was compiled stays in the stage's scratch folder, and
     the next run of the same recipe goes on from there.
@@ -30,11 +30,13 @@ def compile_contexts(context: StageContext) -> list[Context]:
     exported = ExportArtifact(context.run.stage_folder("50-export"))
     socs = [find_soc(name) for name in dict.fromkeys(context.recipe.qnn.socs)]
     graphs = exported.compiled_graphs()
-    tasks: list[Task] = [(_compile_once, (context, exported, graph, soc)) for soc in socs for graph in graphs]
+    # The largest come first, so that no process ends alone.
+    by_size = sorted(graphs, key=exported.graph_bytes, reverse=True)
+    tasks: list[Task] = [(_compile_once, (context, exported, graph, soc)) for graph in by_size for soc in socs]
     found: dict[int, Context | CompileError] = {}
     context.report.step(0, len(tasks), f"compile {len(graphs)} graphs for {', '.join(soc.name for soc in socs)}")
-    largest = max(exported.graph_bytes(graph) for graph in graphs)
-    for index, made in in_threads(tasks, jobs_for(bytes_to_compile(largest, context.recipe.pipeline.latent_tile))):
+    largest = bytes_to_compile(exported.graph_bytes(by_size[0]), context.recipe.pipeline.latent_tile)
+    for index, made in in_threads(tasks, jobs_for(largest)):
         found[index] = made
         if len(found) < len(tasks) and isinstance(made, Context):
             context.report.step(len(found), len(tasks), f"compiled {made.graph} for {made.soc.name}")

@@ -1,6 +1,6 @@
 """What compiling a graph takes in memory, and what running contexts in the simulator does."""
 
-# The compiler took 2.4 GiB for 347 MiB, a ControlNet of Stable Diffusion's size at 512 pixels; 7.6 GiB for 1,065 MiB,
+# The compiler took 2.4 GiB for 347 MiB, a ControlNet of Stable Diffusion's size at 512 pixels; 7.7 GiB for 1,065 MiB,
 # the UNet; and 16.7 GiB for the same UNet at 768 pixels (`benchmarks/compile_fullsize.py`). What grows is the schedule
 # of attention, with the latent's side to the fourth.
 _PROCESS_BYTES = 1 << 29

@@ -61,14 +61,15 @@ class CodeGrid:
         """The grid with other scales of the same shape."""
         return replace(self, scale=scale)
 
-    def column_scale(self, columns: int) -> Tensor:
-        """The scale of each weight: (out_channels, columns)."""
-        return self.scale.repeat_interleave(columns // self.scale.shape[1], 1)
+    def column_scale(self, count: int, columns: slice = slice(None)) -> Tensor:
+        """The scale of each weight in some of `count` columns, (out_channels, some columns); perhaps a view."""
+        blocks = torch.arange(count)[columns] // (count // self.scale.shape[1])
+        return self.scale.expand(-1, len(blocks)) if self.scale.shape[1] == 1 else self.scale[:, blocks]
 
-    def bounds(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """The codes next below and above each weight, (out_channels, columns) each: where AdaRound may go."""
-        floor = (weight / self.column_scale(weight.shape[1])).floor()
-        return floor.clamp(self.lowest, self.highest), (floor + 1).clamp(self.lowest, self.highest)
+    def bounds(self, weight: Tensor, columns: slice = slice(None)) -> tuple[Tensor, Tensor]:
+        """The codes next below and above each weight, where AdaRound may go: (out_channels, some columns) each."""
+        floor = (weight[:, columns] / self.column_scale(weight.shape[1], columns)).floor_()
+        return floor.clamp(self.lowest, self.highest), floor.add_(1).clamp_(self.lowest, self.highest)
 
     def nearest(self, weight: Tensor) -> Tensor:
         """The code of each weight's nearest value, bit-equal to AIMET's simulation."""
@@ -78,7 +79,7 @@ class CodeGrid:
 
     def dequantize(self, codes: Tensor) -> Tensor:
         """The values of codes (out_channels, columns)."""
-        return codes.to(self.scale) * self.column_scale(codes.shape[1])
+        return codes.to(self.scale, copy=True).mul_(self.column_scale(codes.shape[1]))
 
     def weight_grid(self) -> WeightGrid:
         """The same grid for the weight as (out_channels * blocks, columns per block)."""

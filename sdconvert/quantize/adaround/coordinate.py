@@ -11,6 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from sdconvert.quantize.adaround.code_grid import CodeGrid
 from sdconvert.quantize.adaround.moments import Channels, Moments
 from sdconvert.quantize.adaround.tiles import WIDTH
 
@@ -27,34 +28,25 @@ class Rounding:
     Args:
         moments: Of the layer's input.
         channels: To be rounded.
-        scale: Of each weight: (rows, columns).
-        bounds: Smallest and largest code of each weight.
+        grid: Of these channels.
         damping: Part of the mean of G's diagonal that is added to the diagonal: what moving away from the weight
             costs, however little of it the data show.
     """
 
-    def __init__(
-        self,
-        moments: Moments,
-        channels: Channels,
-        scale: Tensor,
-        bounds: tuple[Tensor, Tensor],
-        damping: float,
-    ) -> None:
-        self._moments, self._channels, self._scale = moments, channels, scale
-        self._low, self._high = bounds
+    def __init__(self, moments: Moments, channels: Channels, grid: CodeGrid, damping: float) -> None:
+        self._moments, self._channels, self._grid = moments, channels, grid
         mean = float(moments.diagonal.mean())
         # Where no input was ever seen, every rounding is as good: the nearest stays.
         self._damping = (damping + _STEADY) * mean or 1.0
 
-    def sequential(self, block: int) -> Tensor:
+    def sequential(self, block: int) -> tuple[Tensor, Tensor]:
         """GPTQ within blocks of columns; blocks see the error of those before them.
 
         Args:
             block: Columns of a block; with all of them, plain GPTQ with its order by size of the input.
 
         Returns:
-            Codes (rows, columns).
+            Codes (rows, columns), and the moments' state with them.
         """
         weight = self._channels.weight
         codes = torch.empty_like(weight)
@@ -70,21 +62,26 @@ class Rounding:
             target = weight[:, columns][:, order] - torch.cholesky_solve(gradient.T, factor).T
             inverse = torch.linalg.cholesky(torch.cholesky_inverse(factor), upper=True)
             del hessian, factor
-            own = [tensor[:, columns][:, order] for tensor in (self._scale, self._low, self._high)]
+            scale, low, high = self._limits(columns)
+            own = [tensor[:, order] for tensor in (scale, low, high)]
             codes[:, columns.start + order] = _feed_errors_forward(target, inverse, *own)
-            change = codes[:, columns] * self._scale[:, columns] - weight[:, columns]
-            if columns.stop < weight.shape[1]:
-                self._moments.update(state, columns, change)
-        return codes
+            self._moments.update(state, columns, codes[:, columns] * scale - weight[:, columns])
+        return codes, state
 
-    def descend(self, codes: Tensor, sweeps: int) -> Tensor:
-        """Coordinate descent from codes, at most so many sweeps over all columns, until few codes still change.
+    def descend(self, codes: Tensor, sweeps: int, state: Tensor | None = None) -> Tensor:
+        """Coordinate descent: sweeps over all columns until few codes still change.
+
+        Args:
+            codes: (rows, columns), changed in place.
+            sweeps: The most sweeps.
+            state: Of the moments with these codes, if it is known; changed in place.
 
         Returns:
-            Codes (rows, columns).
+            The same codes.
         """
-        weight, codes = self._channels.weight, codes.clone()
-        state = self._moments.start(self._channels, codes * self._scale - weight)
+        weight = self._channels.weight
+        if state is None:
+            state = self._moments.start(self._channels, self._grid.dequantize(codes).sub_(weight))
         for _ in range(sweeps):
             changed = 0
             for first in range(0, weight.shape[1], WIDTH):
@@ -101,9 +98,7 @@ class Rounding:
         """Change the codes of some columns in place; return the change of the weight, None where there is none."""
         gram = self._moments.block(columns)
         gram.diagonal().add_(self._damping)
-        scale, low, high, old = (
-            tensor[:, columns].T.contiguous() for tensor in (self._scale, self._low, self._high, codes)
-        )
+        scale, low, high, old = (tensor.T.contiguous() for tensor in (*self._limits(columns), codes[:, columns]))
         weight = self._channels.weight[:, columns].T
         gradient = self._moments.gradient(state, columns).T + self._damping * (old * scale - weight)
         new = old.clone()
@@ -112,6 +107,11 @@ class Rounding:
         change = ((new - old) * scale).T
         codes[:, columns] = new.T
         return change if bool(change.any()) else None
+
+    def _limits(self, columns: slice) -> tuple[Tensor, Tensor, Tensor]:
+        """Of some columns: scale, smallest code, largest code."""
+        weight = self._channels.weight
+        return self._grid.column_scale(weight.shape[1], columns), *self._grid.bounds(weight, columns)
 
 
 def _descend_columns(

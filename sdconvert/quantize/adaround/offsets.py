@@ -36,7 +36,9 @@ _SHIFT_OF = [
 _ALONG_OF = [other - tap if other >= tap else 3 + tap - other for tap in _TAPS for other in _TAPS]
 _LEAST_COLUMNS = 9 * 64
 _CHANNELS_AT_ONCE = 7  # rows of a panel of `WIDTH`
-ASSEMBLY_ROWS = 4 * 9 * (_CHANNELS_AT_ONCE + 2)
+_CHANNELS_TURNED = 64  # for the next panels too: columns of a large matrix are slow to read, more of them hardly slower
+_SUMS_TURNED = 2 * (len(_SHIFTS) + 2 * len(_OUTER) * 3)
+ASSEMBLY_ROWS = 4 * 9 * (_CHANNELS_AT_ONCE + 2) + -(-_CHANNELS_TURNED * _SUMS_TURNED // 9)
 """Rows of G that are in memory while a panel is put together."""
 _PLAIN = Convolution((3, 3), padding=(1, 1))
 
@@ -62,9 +64,11 @@ class OffsetSums:
         self._rows, self._columns = (torch.zeros(2, 3, channels, channels) for _ in range(2))
         self._corners = torch.zeros(2, 2, channels, channels)
         self._last: tuple[slice, Tensor] | None = None
+        self._turned: tuple[slice, list[Tensor]] | None = None
 
     def add(self, x: Tensor) -> None:
         """Take in images (batch, channels, height, width)."""
+        self._last = self._turned = None
         for image in x:
             _, height, width = image.shape
             self.count += height * width
@@ -90,16 +94,32 @@ class OffsetSums:
     def _make_rows(self, columns: slice) -> Tensor:
         first, last = columns.start // 9, -(-columns.stop // 9)
         part = slice(first, last)
+        shifted, *lines = self._both_ways(part)
         # (tap's row, tap's column, other's row, other's column, some channels, channels)
-        found = _both_ways(self._shifted, part, _SHIFT_OF, 4)
+        found = _wanted(shifted, _SHIFT_OF, 4)
         for outer, place in enumerate(_OUTER):
-            found[place, :, place, :] -= _both_ways(self._rows[outer], part, _ALONG_OF, 2)
-            found[:, place, :, place] -= _both_ways(self._columns[outer], part, _ALONG_OF, 2)
+            found[place, :, place, :] -= _wanted(lines[outer], _ALONG_OF, 2)
+            found[:, place, :, place] -= _wanted(lines[len(_OUTER) + outer], _ALONG_OF, 2)
             for side, column in enumerate(_OUTER):
                 found[place, column, place, column] += self._corners[outer, side, part]
         found /= max(1, self.count)
         rows: Tensor = found.permute(4, 0, 1, 5, 2, 3).reshape(-1, 9 * self.channels)
         return rows[columns.start - 9 * first : columns.stop - 9 * first]
+
+    def _both_ways(self, part: slice) -> list[Tensor]:
+        """Some rows of all sums by shift and by places along a line, behind them those of their transposes.
+
+        Returns:
+            (two times the shifts, some channels, channels) of the whole image, of each outer row, of each outer column.
+        """
+        if self._turned is None or not self._turned[0].start <= part.start < part.stop <= self._turned[0].stop:
+            self._turned = None  # the old ones go before the new ones come
+            stop = max(part.stop, min(part.start + _CHANNELS_TURNED, self.channels))
+            wide = slice(part.start, stop)
+            sums = (self._shifted, *self._rows, *self._columns)
+            self._turned = wide, [torch.cat([one[:, wide], one[:, :, wide].transpose(1, 2)]) for one in sums]
+        first = self._turned[0].start
+        return [both[:, part.start - first : part.stop - first] for both in self._turned[1]]
 
     def gram(self) -> Tensor:
         """The mean of G, put together a few rows at a time."""
@@ -129,14 +149,9 @@ def _add(total: Tensor, pixels: Tensor, shift: int) -> None:
         total.addmm_(pixels[:, : length - shift], pixels[:, shift:].T)
 
 
-def _both_ways(sums: Tensor, part: slice, wanted: list[int], axes: int) -> Tensor:
-    """Some rows of sums by shift, and behind them of those by the opposite shifts, their transposes; those wanted.
-
-    Returns:
-        (3, ..., 3, some channels, channels), with so many axes of three.
-    """
-    found = torch.cat([sums[:, part], sums[:, :, part].transpose(1, 2)])[wanted]
-    return found.reshape(*[3] * axes, *found.shape[1:])
+def _wanted(both: Tensor, wanted: list[int], axes: int) -> Tensor:
+    """Those sums that are wanted: (3, ..., 3, some channels, channels), with so many axes of three."""
+    return both[wanted].reshape(*[3] * axes, *both.shape[1:])
 
 
 class OffsetMoments(PanelwiseMoments):

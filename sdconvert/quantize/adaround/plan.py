@@ -14,7 +14,7 @@ from sdconvert.errors import BudgetError, PreconditionError
 from sdconvert.quantize.adaround.blocks import Block
 from sdconvert.quantize.adaround.layers import RoundedLayer
 from sdconvert.quantize.adaround.offsets import ASSEMBLY_ROWS, MATRICES, by_offsets
-from sdconvert.quantize.adaround.solve import Workspace
+from sdconvert.quantize.adaround.solve import LEAST_ROW_ARRAYS, SolverSettings, Workspace
 from sdconvert.quantize.adaround.steps import SCORES_BYTES, RoundedGroup, SegmentedGraph, size
 from sdconvert.quantize.adaround.tiles import WIDTH
 
@@ -22,9 +22,9 @@ Mode = Literal["gram", "offsets", "rows", "panel"]
 MIB = 1 << 20
 _FLOAT = 4
 _INPUTS = 4  # tensors of the size of a layer's input while it is measured
-_ROW_ARRAYS = 14  # matrices (channels, columns) that a solver has at once
+_BLOCK_ROW_ARRAYS = 12  # matrices (channels, block) beside those of the whole layer while GPTQ works on a block
 _BLOCK_ARRAYS = 8  # matrices (block, block), those of LAPACK included
-_HOLES = 1 / 32  # between tensors that come and go: malloc's share of a budget, of which 3 % were seen
+_RESERVE = 1 / 32  # of a budget: what libraries keep for matrix products, and blocks too small to be counted
 _CODE_BYTES = 4  # of each weight of the layer: its code, and the nearest one
 _MOST_CHUNK, _LEAST_CHUNK = 1024, 16
 _LEAST_CHANNELS = 8
@@ -146,6 +146,7 @@ def make_plan(
     held_out: int,
     budget_bytes: int,
     item_bytes: int = 2,
+    row_arrays: int = SolverSettings().row_arrays,
     blocks: Sequence[Block] = (),
     quantizers: bool = False,
 ) -> Plan:
@@ -157,6 +158,7 @@ def make_plan(
         held_out: How many of them only judge.
         budget_bytes: Memory for everything beside runtime and weights.
         item_bytes: Of a float in the store.
+        row_arrays: Of the solver: matrices (channels, columns) that it has at once.
         blocks: That are reconstructed.
         quantizers: The graph's quantizers are active while they are.
 
@@ -174,11 +176,11 @@ def make_plan(
     block_plans = tuple(_plan_block(block, quantizers=quantizers) for block in blocks)
     stored = max((block.stored_bytes for block in block_plans), default=0) // _FLOAT
     frontier = samples * (_frontier_items(segmented) + stored) * item_bytes
-    usable = int(budget_bytes * (1 - _HOLES))
+    usable = int(budget_bytes * (1 - _RESERVE))
     # Disk serves the store well, as it is read in order; moments are faster in memory.
     store_bytes = min(frontier, usable // 4, usable - sample_bytes)
     if store_bytes < 0:
-        needed = _with_holes(sample_bytes)
+        needed = _with_reserve(sample_bytes)
         raise BudgetError(
             f"one sample takes {needed / MIB:.1f} MiB where the graph is widest, beside rounded weights, "
             f"the budget is {budget_bytes / MIB:.1f} MiB",
@@ -187,23 +189,24 @@ def make_plan(
     counts = samples - held_out, held_out
     for block in block_plans:
         if block.peak_bytes + store_bytes > usable:
-            needed = _with_holes(block.peak_bytes + store_bytes)
+            needed = _with_reserve(block.peak_bytes + store_bytes)
             raise BudgetError(
                 f"the {block.layers} layers of block `{block.name}` need {needed / MIB:.1f} MiB together, "
                 f"the budget is {budget_bytes / MIB:.1f} MiB",
                 hint=f"give at least {needed / MIB:.1f} MiB, reconstruct smaller blocks, or leave it at moments",
             )
-    groups = [_plan_group(group, counts, usable - store_bytes, budget_bytes) for group in segmented.groups]
+    available = usable - store_bytes
+    groups = [_plan_group(group, counts, row_arrays, available, budget_bytes) for group in segmented.groups]
     tiles = max((g.moments.disk_bytes + (g.held_out.disk_bytes if g.held_out else 0) for g in groups), default=0)
-    peak = _with_holes(
+    peak = _with_reserve(
         store_bytes + max([sample_bytes, *(one.peak_bytes for one in groups), *(one.peak_bytes for one in block_plans)])
     )
     disk = max(0, frontier - store_bytes) + tiles
     return Plan(tuple(groups), samples, held_out, sample_bytes, store_bytes, peak, disk, block_plans)
 
 
-def _with_holes(size: int) -> int:
-    return math.ceil(size / (1 - _HOLES))
+def _with_reserve(size: int) -> int:
+    return math.ceil(size / (1 - _RESERVE))
 
 
 def _plan_block(block: Block, *, quantizers: bool) -> BlockPlan:
@@ -253,7 +256,9 @@ def _frontier_items(segmented: SegmentedGraph) -> int:
     return 2 * most
 
 
-def _plan_group(group: RoundedGroup, samples: tuple[int, int], available: int, budget: int) -> GroupPlan:
+def _plan_group(
+    group: RoundedGroup, samples: tuple[int, int], row_arrays: int, available: int, budget: int
+) -> GroupPlan:
     """The fastest form that fits: moments in memory, else those of the held-out samples on disk, else all.
 
     Where there are few rows for many columns, the rows themselves are the fastest: a sweep of descent multiplies the
@@ -268,11 +273,11 @@ def _plan_group(group: RoundedGroup, samples: tuple[int, int], available: int, b
         forms.insert(0, disk)
     least = 0
     for form in forms:
-        plan = _fit(group, shape, form, available)
+        plan = _fit(group, shape, form, row_arrays, available)
         if isinstance(plan, GroupPlan):
             return plan
         least = plan
-    needed = _with_holes(least) + budget - _with_holes(available)
+    needed = _with_reserve(least) + budget - _with_reserve(available)
     raise BudgetError(
         f"`{group.layers[0].name}` with {shape.columns} inputs per output needs {needed / MIB:.1f} MiB, "
         f"the budget is {budget / MIB:.1f} MiB",
@@ -303,18 +308,23 @@ class _Shape:
         return _FLOAT * (MATRICES * channels**2 + ASSEMBLY_ROWS * self.columns) if self.by_offsets else 0
 
 
-def _fit(group: RoundedGroup, shape: _Shape, form: list[MomentsPlan], available: int) -> GroupPlan | int:
+def _fit(
+    group: RoundedGroup, shape: _Shape, form: list[MomentsPlan], row_arrays: int, available: int
+) -> GroupPlan | int:
     """Share out what moments in a form leave; the least that they need, where that is not there."""
     columns, on_disk = shape.columns, any(one.disk_bytes for one in form)
     longest = max([columns, *(one.rows for one in form if one.mode == "rows")])
     row_bytes = _FLOAT * (3 * columns + 2 * shape.channels)
     column_bytes = _FLOAT * (longest + shape.channels) if on_disk else 0
-    channel_bytes, block_bytes = _FLOAT * _ROW_ARRAYS * longest, _FLOAT * _BLOCK_ARRAYS
+    block_bytes = _FLOAT * _BLOCK_ARRAYS
     # Of inputs on disk, those of a block's columns are read together for their G.
     gathered = _FLOAT * form[0].rows if form[0].mode == "rows" else 0
 
     def block_room(block: int) -> int:
         return block_bytes * block**2 + gathered * block
+
+    def channel_room(block: int) -> int:
+        return _FLOAT * max(row_arrays * longest, LEAST_ROW_ARRAYS * longest + _BLOCK_ROW_ARRAYS * block)
 
     # Tiles that are held while others are made or read.
     held = sum(one.memory_bytes for one in form) + 2 * WIDTH * column_bytes + _CODE_BYTES * shape.largest * columns
@@ -322,7 +332,7 @@ def _fit(group: RoundedGroup, shape: _Shape, form: list[MomentsPlan], available:
     # A sample's input on both paths, as it is read and padded; G's parts are there until it is put together.
     reading = _INPUTS * size(group.input) + (shape.offset_bytes if form[0].mode == "gram" else 0)
     measuring = reading + _LEAST_CHUNK * row_bytes + WIDTH * column_bytes
-    least = max(measuring, channels * channel_bytes + block_room(block))
+    least = max(measuring, channels * channel_room(block) + block_room(block))
     room = available - held
     if room < least:
         return held + least
@@ -334,8 +344,8 @@ def _fit(group: RoundedGroup, shape: _Shape, form: list[MomentsPlan], available:
         if larger <= columns and block_room(larger) <= room // 2:
             block = larger
             break
-    channels = max(channels, min(shape.largest, (room - block_room(block)) // channel_bytes))
-    solving = block_room(block) + channel_bytes * channels
+    channels = max(channels, min(shape.largest, (room - block_room(block)) // channel_room(block)))
+    solving = block_room(block) + channel_room(block) * channels
     measuring = reading + chunk * row_bytes + min(pass_columns, longest) * column_bytes
     return GroupPlan(
         group.layers,

@@ -19,7 +19,7 @@ from torch.fx import GraphModule
 
 from sdconvert.errors import PreconditionError
 from sdconvert.io.encodings import Encoding
-from sdconvert.memory import return_freed_memory
+from sdconvert.memory import freed_at_once
 from sdconvert.metrics import sqnr_db
 from sdconvert.quantize.adaround.advance import FLOATING, QUANTIZED, Frontiers
 from sdconvert.quantize.adaround.block_rounds import BlockRounds
@@ -38,7 +38,7 @@ from sdconvert.quantize.adaround.store import ActivationStore
 from sdconvert.quantize.adaround.tiles import PanelMoments, RowMoments
 
 Label = Callable[[int], str]
-_VERSION = 2  # of what decides codes; part of every fingerprint
+_VERSION = 3  # of what decides codes; part of every fingerprint
 _LEAST_SAMPLES = 4  # with fewer, none is held out
 
 
@@ -171,7 +171,8 @@ def adaround(
     if not grids:
         raise PreconditionError("AdaRound has no weights to round", hint="give grids of convolutions or linear layers")
     run = _Run(SegmentedGraph(graph_module, grids), grids, settings, folder, dict(fixed_weights or {}), len(samples))
-    return run(samples, label, report)
+    with freed_at_once():
+        return run(samples, label, report)
 
 
 def plan_adaround(graph_module: GraphModule, grids: Collection[str], settings: AdaRoundSettings, samples: int) -> Plan:
@@ -198,6 +199,7 @@ def _plan(segmented: SegmentedGraph, settings: AdaRoundSettings, samples: int, b
         held_out=len(settings.held_out_samples(samples)),
         budget_bytes=settings.budget_bytes,
         item_bytes=2 if settings.half_precision else 4,
+        row_arrays=settings.solver.row_arrays,
         blocks=tuple(blocks),
         quantizers=settings.quantizers,
     )
@@ -253,14 +255,12 @@ class _Run:
                 with self._timed("forward"):
                     frontiers.advance(index, self._weight)
                 self._current.clear()
-                return_freed_memory()
                 rounds.before(index)
                 committed = commits.find(fingerprints[index], group.layers, self._grids) if wanted[index] else None
                 resumed += committed is not None or not wanted[index]
                 if committed is None and wanted[index]:
                     results = self._solve(group, self.plan.groups[index], frontiers)
                     committed = commits.commit(fingerprints[index], group.layers, results)
-                    return_freed_memory()
                 if committed is not None:
                     self._done.append(committed.without(rounds.covered))
                 self._current.clear()
@@ -412,15 +412,7 @@ def _source(frontiers: Frontiers, group: RoundedGroup, samples: Sequence[int]) -
 def _measure(
     layers: LayerGroup, plan: GroupPlan, moments: MomentsPlan, source: Source, scratch: Path, name: str
 ) -> Moments:
-    """Take moments in the form that was planned, and leave no holes where the solver will work."""
-    found = _take(layers, plan, moments, source, scratch, name)
-    return_freed_memory()
-    return found
-
-
-def _take(
-    layers: LayerGroup, plan: GroupPlan, moments: MomentsPlan, source: Source, scratch: Path, name: str
-) -> Moments:
+    """Take moments in the form that was planned."""
     if moments.mode == "offsets":
         return OffsetMoments(layers, source, plan.chunk)
     if moments.mode == "gram":

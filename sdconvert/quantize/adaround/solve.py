@@ -3,13 +3,13 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from sdconvert.errors import UsageError
-from sdconvert.memory import return_freed_memory
 from sdconvert.quantize.adaround.centered import CenteredMoments, Means
 from sdconvert.quantize.adaround.code_grid import CodeGrid
 from sdconvert.quantize.adaround.coordinate import Rounding
@@ -17,6 +17,8 @@ from sdconvert.quantize.adaround.moments import Channels, Moments
 from sdconvert.quantize.adaround.soft import Schedule, train_rounding
 
 Method = Literal["adaround", "coordinate"]
+LEAST_ROW_ARRAYS = 6
+"""Matrices (channels, columns) that any solver has at once: codes, the difference, states of the moments."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,11 @@ class SolverSettings:
     refit_scale: bool = False
     trial_channels: int = 128
     schedule: Schedule = field(default_factory=Schedule)
+
+    @property
+    def row_arrays(self) -> int:
+        """Matrices (channels, columns) that it has at once, Adam's and those of a refit included."""
+        return 14 if self.method == "adaround" else LEAST_ROW_ARRAYS + 2 * self.refit_scale
 
 
 @dataclass(frozen=True)
@@ -145,8 +152,6 @@ def solve(
     nearest = torch.empty_like(codes)
     scales, biases, sums = [], [], torch.zeros(3, dtype=torch.float64)
     for part in task.parts(channels):
-        if part.start:
-            return_freed_memory()  # the parts before leave holes between what they leave behind
         own = grid.rows(part)
         chosen = channels.part(part)
         codes_part, own = task.round(chosen, own, damping)
@@ -226,40 +231,49 @@ class _Task:
         return [slice(first, min(first + step, count)) for first in range(0, count, step)]
 
     def choose_damping(self, channels: Channels, grid: CodeGrid) -> float:
-        """The candidate with the least held-out loss on a run of channels from the layer's middle."""
-        if len(self.settings.damping) == 1:
-            return self.settings.damping[0]
+        """A candidate with less held-out loss than its neighbours, on a run of channels from the layer's middle.
+
+        From the middle one on, towards the lesser loss: with more damping the loss falls and then rises, but for noise.
+        """
+        candidates = sorted(self.settings.damping)
+        if len(candidates) == 1:
+            return candidates[0]
         count = min(self.settings.trial_channels, self.workspace.channels, len(channels.weight))
         first = (len(channels.weight) - count) // 2
         part = slice(first, first + count)
         trial = channels.part(part)
         # The data ask for a damping, whatever the method; descent from GPTQ's codes is the quick one.
         quick = replace(self, settings=replace(self.settings, method="coordinate", refit_scale=False, sweeps=1))
-        losses = {}
-        for damping in self.settings.damping:
-            codes, own = quick.round(trial, grid.rows(part), damping)
-            losses[damping] = float(self.loss(trial, own, codes).double().sum())
-        return min(losses, key=losses.__getitem__)
+
+        @cache
+        def loss(index: int) -> float:
+            codes, own = quick.round(trial, grid.rows(part), candidates[index])
+            found = float(self.loss(trial, own, codes).double().sum())
+            return math.inf if math.isnan(found) else found
+
+        place, best = -1, len(candidates) // 2
+        while place != best:
+            place = best
+            best = min(range(max(0, place - 1), min(place + 2, len(candidates))), key=loss)
+        return candidates[place]
 
     def round(self, channels: Channels, grid: CodeGrid, damping: float) -> tuple[Tensor, CodeGrid]:
         """Codes of some channels, and their grid, which is another one if scales are refitted."""
         settings = self.settings
-        rounding = self._rounding(channels, grid, damping)
+        rounding, state = Rounding(self.moments(channels), channels, grid, damping), None
         if settings.method == "adaround":
             codes = train_rounding(self.moments(channels), channels, grid, settings.schedule, damping)
         else:
-            codes = rounding.sequential(min(self.workspace.block, channels.weight.shape[1]))
-        codes = rounding.descend(codes, settings.sweeps)
+            codes, state = rounding.sequential(min(self.workspace.block, channels.weight.shape[1]))
+        codes = rounding.descend(codes, settings.sweeps, state)
+        del state
         if not settings.refit_scale:
             return codes, grid
         refitted = self._refit(channels, grid, codes, damping)
         low, high = refitted.bounds(channels.weight)
         codes = torch.maximum(torch.minimum(codes, high), low)
-        return self._rounding(channels, refitted, damping).descend(codes, settings.sweeps), refitted
-
-    def _rounding(self, channels: Channels, grid: CodeGrid, damping: float) -> Rounding:
-        scale = grid.column_scale(channels.weight.shape[1])
-        return Rounding(self.moments(channels), channels, scale, grid.bounds(channels.weight), damping)
+        again = Rounding(self.moments(channels), channels, refitted, damping)
+        return again.descend(codes, settings.sweeps), refitted
 
     def moments(self, channels: Channels) -> Moments:
         """What codes are fitted to: without the means, where a bias makes up for them."""
@@ -269,7 +283,7 @@ class _Task:
 
     def bias(self, channels: Channels, grid: CodeGrid, codes: Tensor) -> Tensor | None:
         """The bias that goes with codes; None where there is none."""
-        shift = self._shift(channels, grid.dequantize(codes) - channels.weight)
+        shift = self._shift(channels, grid.dequantize(codes).sub_(channels.weight))
         return None if shift is None or channels.bias is None else channels.bias + shift
 
     def _shift(self, channels: Channels, delta: Tensor) -> Tensor | None:
@@ -297,7 +311,7 @@ class _Task:
 
     def loss(self, channels: Channels, grid: CodeGrid, codes: Tensor) -> Tensor:
         """Of codes and the bias that goes with them, by channel, on the data that judge."""
-        delta = grid.dequantize(codes) - channels.weight
+        delta = grid.dequantize(codes).sub_(channels.weight)
         loss = self.judge.moments.loss(channels, delta)
         shift = self._shift(channels, delta)
         if shift is None or self.judge.means is None:
@@ -308,7 +322,7 @@ class _Task:
     def sums(self, channels: Channels, grid: CodeGrid, nearest: Tensor, own: CodeGrid, codes: Tensor) -> Tensor:
         """Loss of the nearest codes, loss of the codes, and signal: (3,), float64."""
         by_channel = (
-            self.judge.moments.loss(channels, grid.dequantize(nearest) - channels.weight),
+            self.judge.moments.loss(channels, grid.dequantize(nearest).sub_(channels.weight)),
             self.loss(channels, own, codes),
             self.judge.moments.signal(channels),
         )

@@ -1,7 +1,8 @@
 """AdaRound in processes of their own: python adaround_memory.py RUNS SHAPES FOLDER, RUNS as [[budget, samples], …].
 
-Everything is loaded and traced, and calibration data lie on the disk, before a process is forked for each run; with 0
-samples AdaRound never begins. Each prints a line: the most memory that it took, and what came out.
+Everything is loaded and traced, and calibration data lie on the disk, before a process is forked for each run. Each
+first rounds a small graph, for pages of libraries count in the process that touches them, and prints a line: the most
+memory that it took, how much that was more than before, and what came out.
 """
 
 import json
@@ -72,13 +73,10 @@ def main() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     runs, shapes, folder = json.loads(sys.argv[1]), sys.argv[2], Path(sys.argv[3])
-    small = block_graph()
-    adaround(small, block_samples(4), int4_grids(small), settings(max(runs)[0]), folder / "warm")
     folder.joinpath("samples").mkdir()
     for index in range(min(DISTINCT, max(count for _, count in runs))):
         save_tensors(inputs(shapes, index), folder / "samples" / f"{index}.safetensors")
     traced = graph.trace(BlockAdapter(Wide(shapes).eval()), inputs(shapes, 0))
-    return_freed_memory()
     for budget, count in runs:
         process = get_context("fork").Process(target=run, args=(traced, folder, budget, count))
         process.start()
@@ -94,19 +92,23 @@ def settings(budget: int) -> AdaRoundSettings:
 
 def run(traced: GraphModule, folder: Path, budget: int, count: int) -> None:
     """Run once."""
+    small, out = block_graph(), folder / f"{budget}-{count}"
+    adaround(small, block_samples(4), int4_grids(small), settings(1 << 30), out / "small")
+    return_freed_memory()
     memory = PeakMemory()
-    report: dict[str, object] = {"modes": []}
-    if count:
-        out = folder / f"{budget}-{count}"
-        result = adaround(traced, Samples(folder / "samples", count), int4_grids(traced), settings(budget), out)
-        report = {
-            "planned": result.plan.peak_bytes,
-            "modes": [group.moments.mode for group in result.plan.groups],
-            "held_out_modes": [group.held_out.mode for group in result.plan.groups if group.held_out],
-            "levels": [figures.sqnr_db for figures in result.figures.values()],
-            "output": result.output_sqnr_db,
-        }
-    sys.stdout.write(json.dumps({**report, "peak": memory.peak_bytes()}) + "\n")
+    before = memory.peak_bytes()
+    result = adaround(traced, Samples(folder / "samples", count), int4_grids(traced), settings(budget), out / "wide")
+    peak = memory.peak_bytes()
+    report = {
+        "planned": result.plan.peak_bytes,
+        "modes": [group.moments.mode for group in result.plan.groups],
+        "held_out_modes": [group.held_out.mode for group in result.plan.groups if group.held_out],
+        "levels": [figures.sqnr_db for figures in result.figures.values()],
+        "output": result.output_sqnr_db,
+        "peak": peak,
+        "taken": peak - before,
+    }
+    sys.stdout.write(json.dumps(report) + "\n")
     sys.stdout.flush()
 
 

@@ -14,7 +14,7 @@ from sdconvert.quantize.adaround.coordinate import Rounding
 from sdconvert.quantize.adaround.layers import RoundedLayer
 from sdconvert.quantize.adaround.moments import GramMoments, Moments
 from sdconvert.quantize.adaround.soft import Schedule
-from sdconvert.quantize.adaround.solve import Measured, SolverSettings, Workspace, solve
+from sdconvert.quantize.adaround.solve import LayerFigures, Measured, SolverSettings, Workspace, solve
 from sdconvert.quantize.grid import WeightGrid
 
 DAMPING = (0.03, 0.1, 0.3, 1.0, 3.0)
@@ -84,8 +84,8 @@ def test_next_to_the_best_of_all_roundings() -> None:
             return moments.loss(channels_of(own), grid.dequantize(codes) - own)
 
         every = [loss_of(torch.where(torch.tensor(up), high, low)) for up in itertools.product([False, True], repeat=7)]
-        rounding = Rounding(moments, channels, grid.column_scale(7), (low, high), 0.0)
-        codes = rounding.descend(rounding.sequential(7), 20)
+        rounding = Rounding(moments, channels, grid, 0.0)
+        codes = rounding.descend(rounding.sequential(7)[0], 20)
         loss = loss_of(codes)
         sums += torch.stack([torch.stack(every).amin(0).sum(), loss.sum(), loss_of(grid.nearest(weight)).sum()])
         for column in range(7):
@@ -142,6 +142,25 @@ def test_overfitting_is_caught_on_held_out_data() -> None:
     assert torch.equal(result.codes, int4_grid(weight).nearest(weight).to(torch.int16))
     assert result.figures.loss == result.figures.nearest_loss
     assert solve(Measured(moments), None, channels_of(weight), int4_grid(weight), solver).figures.changed > 0.2
+
+
+@pytest.mark.parametrize("samples", [2, 6, 40, 300])
+def test_the_damping_is_next_to_the_best_of_all_on_held_out_data(samples: int) -> None:
+    """Few samples ask for more of it; with one sweep and one part of the layer, the trial is what is returned."""
+    layer = RoundedLayer("linear", (12, 70))
+    data, other = Data(layer, samples=samples), Data(layer, samples=20, seed=1)
+    data.quantized, data.floating = data.quantized[:, :1], data.floating[:, :1]  # one row of each
+    other.weight = data.weight
+    weight = matrix(data)
+    moments, judge = (Measured(GramMoments.of(layer_group(one), one.source)) for one in (data, other))
+
+    def figures(*damping: float) -> LayerFigures:
+        settings = SolverSettings(damping=damping, sweeps=1)
+        return solve(moments, judge, channels_of(weight), int4_grid(weight), settings).figures
+
+    losses = [figures(damping).loss for damping in DAMPING]
+    # Where the loss falls and rises more than once, the search may stop early.
+    assert figures(*DAMPING).loss < min(losses) + 0.2 * (losses[len(losses) // 2] - min(losses)) + 0.02 * min(losses)
 
 
 def test_refitted_scales_are_better_and_their_own_grid() -> None:
