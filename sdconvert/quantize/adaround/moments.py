@@ -151,7 +151,7 @@ class QuadraticMoments(Moments):
 
     @abstractmethod
     def panel(self, columns: slice) -> Tensor:
-        """Some rows of G: (some columns, columns)."""
+        """Some rows of G, (some columns, columns), until others are asked for."""
 
     def gradient(self, state: Tensor, columns: slice) -> Tensor:
         """The state is the gradient."""

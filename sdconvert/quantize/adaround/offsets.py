@@ -8,6 +8,7 @@ lacks counts only where both taps lie in the same outer row or column; the two a
 twice.
 """
 
+import math
 from collections.abc import Sequence
 from functools import partial
 
@@ -24,15 +25,17 @@ MATRICES = len(_SHIFTS) + 2 * len(_OUTER) * 3 + len(_OUTER) ** 2
 """Matrices (in_channels, in_channels) that are summed."""
 _TAPS = range(3)
 # Where `_both_ways` has the sum for two taps, and for two places along a line.
-_SHIFT_OF = [
-    _SHIFTS.index(shift)
-    if (shift := (down - row, across - column)) in _SHIFTS
-    else len(_SHIFTS) + _SHIFTS.index((row - down, column - across))
-    for row in _TAPS
-    for column in _TAPS
-    for down in _TAPS
-    for across in _TAPS
-]
+_SHIFT_OF = torch.tensor(
+    [
+        _SHIFTS.index(shift)
+        if (shift := (down - row, across - column)) in _SHIFTS
+        else len(_SHIFTS) + _SHIFTS.index((row - down, column - across))
+        for row in _TAPS
+        for column in _TAPS
+        for down in _TAPS
+        for across in _TAPS
+    ]
+)
 _ALONG_OF = [other - tap if other >= tap else 3 + tap - other for tap in _TAPS for other in _TAPS]
 _LEAST_COLUMNS = 9 * 64
 _CHANNELS_AT_ONCE = 7  # rows of a panel of `WIDTH`
@@ -65,6 +68,7 @@ class OffsetSums:
         self._corners = torch.zeros(2, 2, channels, channels)
         self._last: tuple[slice, Tensor] | None = None
         self._turned: tuple[slice, list[Tensor]] | None = None
+        self._buffers: dict[str, Tensor] = {}
 
     def add(self, x: Tensor) -> None:
         """Take in images (batch, channels, height, width)."""
@@ -85,26 +89,36 @@ class OffsetSums:
                     self._corners[outer, side].addr_(image[:, line, column], image[:, line, column])
 
     def rows(self, columns: slice) -> Tensor:
-        """Some rows of the mean of G: (some columns, columns); those asked for last are still there."""
+        """Some rows of the mean of G, (some columns, columns), until others are asked for."""
         if self._last is None or self._last[0] != columns:
-            self._last = None  # the old ones go before the new ones come
             self._last = columns, self._make_rows(columns)
         return self._last[1]
 
     def _make_rows(self, columns: slice) -> Tensor:
+        self._last = None
         first, last = columns.start // 9, -(-columns.stop // 9)
         part = slice(first, last)
         shifted, *lines = self._both_ways(part)
         # (tap's row, tap's column, other's row, other's column, some channels, channels)
-        found = _wanted(shifted, _SHIFT_OF, 4)
+        found = self._buffer("sums", len(_SHIFT_OF), *shifted.shape[1:])
+        found = torch.index_select(shifted, 0, _SHIFT_OF, out=found).view(3, 3, 3, 3, *shifted.shape[1:])
         for outer, place in enumerate(_OUTER):
-            found[place, :, place, :] -= _wanted(lines[outer], _ALONG_OF, 2)
-            found[:, place, :, place] -= _wanted(lines[len(_OUTER) + outer], _ALONG_OF, 2)
+            along_row, along_column = (lines[axis * len(_OUTER) + outer][_ALONG_OF] for axis in range(2))
+            found[place, :, place, :] -= along_row.view(3, 3, *shifted.shape[1:])
+            found[:, place, :, place] -= along_column.view(3, 3, *shifted.shape[1:])
             for side, column in enumerate(_OUTER):
                 found[place, column, place, column] += self._corners[outer, side, part]
         found /= max(1, self.count)
-        rows: Tensor = found.permute(4, 0, 1, 5, 2, 3).reshape(-1, 9 * self.channels)
-        return rows[columns.start - 9 * first : columns.stop - 9 * first]
+        rows = self._buffer("rows", last - first, 3, 3, self.channels, 3, 3)
+        rows.copy_(found.permute(4, 0, 1, 5, 2, 3))
+        return rows.view(-1, 9 * self.channels)[columns.start - 9 * first : columns.stop - 9 * first]
+
+    def _buffer(self, name: str, *shape: int) -> Tensor:
+        """Memory for values that go when the next ones come: fresh pages would take longer than the work."""
+        size = math.prod(shape)
+        if name not in self._buffers or self._buffers[name].numel() < size:
+            self._buffers[name] = torch.empty(size)
+        return self._buffers[name][:size].view(shape)
 
     def _both_ways(self, part: slice) -> list[Tensor]:
         """Some rows of all sums by shift and by places along a line, behind them those of their transposes.
@@ -147,11 +161,6 @@ def _add(total: Tensor, pixels: Tensor, shift: int) -> None:
     length = pixels.shape[1]
     if shift < length:
         total.addmm_(pixels[:, : length - shift], pixels[:, shift:].T)
-
-
-def _wanted(both: Tensor, wanted: list[int], axes: int) -> Tensor:
-    """Those sums that are wanted: (3, ..., 3, some channels, channels), with so many axes of three."""
-    return both[wanted].reshape(*[3] * axes, *both.shape[1:])
 
 
 class OffsetMoments(PanelwiseMoments):

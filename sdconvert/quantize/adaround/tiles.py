@@ -78,7 +78,11 @@ class PanelwiseMoments(QuadraticMoments):
 
     def block(self, columns: slice) -> Tensor:
         """Of as many panels as the columns lie in."""
-        return torch.cat([self.panel(part)[:, columns] for part in tile_slices(columns)])
+        width = columns.stop - columns.start
+        found = torch.empty(width, width)
+        for part in tile_slices(columns):
+            found[part.start - columns.start : part.stop - columns.start] = self.panel(part)[:, columns]
+        return found
 
     def update(self, state: Tensor, columns: slice, change: Tensor) -> None:
         """Panel by panel."""
