@@ -44,18 +44,17 @@ def return_freed_memory() -> None:
 
 
 @contextmanager
-def apart() -> Iterator[None]:
-    """Within, blocks of 64 KiB or more are mapped by themselves, and go back to the system when they are freed.
+def freed_at_once() -> Iterator[None]:
+    """Within, blocks of a MiB or more go back to the system as they are freed.
 
-    For what outlives its neighbours. glibc has blocks of up to 32 MiB on one heap; a tensor that stays there keeps what
-    was freed around it, more than half a GiB for 300 MiB of tensors. Mapping has its price, fresh pages every time:
-    with all tensors of a UNet's forward it took a third of the time.
+    glibc puts them on its heap as soon as one of up to 32 MiB was freed; tensors that come and go there leave holes
+    between those that stay, which took more than half a GiB beside 300 MiB of tensors.
     """
     option = _of_glibc("mallopt")
     if option is None:
         yield
         return
-    option(_MMAP_THRESHOLD, 1 << 16)
+    option(_MMAP_THRESHOLD, 1 << 20)
     try:
         yield
     finally:

@@ -34,12 +34,12 @@ print(memory.peak_bytes())
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of glibc's heap")
-@pytest.mark.parametrize(("context", "mib"), [("apart", 160), ("nullcontext", 320)])
+@pytest.mark.parametrize(("context", "mib"), [("freed_at_once", 160), ("nullcontext", 320)])
 def test_blocks_between_others_go_back_to_the_system(context: str, mib: int) -> None:
     code = f"""
 from contextlib import nullcontext
 from pathlib import Path
-from sdconvert.memory import apart
+from sdconvert.memory import freed_at_once
 
 def own_mib():
     return int(next(line.split()[1] for line in Path("/proc/self/status").open() if line.startswith("RssAnon"))) >> 10

@@ -13,14 +13,12 @@ from torch import Tensor, nn
 from torch.fx import Node
 
 from sdconvert.errors import UsageError
-from sdconvert.memory import return_freed_memory
 from sdconvert.quantize.adaround.steps import RoundedGroup, SegmentedGraph
 from sdconvert.quantize.adaround.store import ActivationStore
 from sdconvert.quantize.simplify import attribute
 
 Path = str
 FLOATING, QUANTIZED, BOTH = "floating", "quantized", "both"
-_SAMPLES_PER_TRIM = 8  # malloc keeps holes between tensors that come and go
 Weights = Callable[[str], Tensor | None]
 """Gives the quantized path's value of a parameter, None where it is the model's own."""
 
@@ -83,8 +81,6 @@ class Frontiers:
                     )
                 for path in self._paths:
                     self._put(index, path, node, tensor)
-            if index % _SAMPLES_PER_TRIM == 0:
-                return_freed_memory()
 
     def advance(self, index: int, weights: Weights) -> None:
         """Run one segment on every sample and path, up to the inputs of the layers behind it.
@@ -101,8 +97,6 @@ class Frontiers:
                     self._run(index, sample, path, constants[path])
                 else:  # it would only compute the same once more
                     self._skip(index, sample, path)
-            if sample % _SAMPLES_PER_TRIM == 0:
-                return_freed_memory()
 
     def outputs(self, weights: Weights) -> Iterator[dict[Path, list[Tensor]]]:
         """Run the last segment; yield the graph's outputs of every sample, by path.

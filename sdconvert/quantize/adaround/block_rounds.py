@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping, Sequence
 
-from sdconvert.memory import return_freed_memory
 from sdconvert.quantize.adaround.advance import Frontiers, Weights
 from sdconvert.quantize.adaround.blocks import Block, BlockFigures
 from sdconvert.quantize.adaround.code_grid import CodeGrid
@@ -103,7 +102,6 @@ class BlockRounds:
         # The frontier passed the block with the weights that moments gave.
         task.replay()
         task.close()
-        return_freed_memory()
         return True
 
     def _reconstruct(

@@ -19,7 +19,7 @@ from torch.fx import GraphModule
 
 from sdconvert.errors import PreconditionError
 from sdconvert.io.encodings import Encoding
-from sdconvert.memory import return_freed_memory
+from sdconvert.memory import freed_at_once
 from sdconvert.metrics import sqnr_db
 from sdconvert.quantize.adaround.advance import FLOATING, QUANTIZED, Frontiers
 from sdconvert.quantize.adaround.block_rounds import BlockRounds
@@ -171,7 +171,8 @@ def adaround(
     if not grids:
         raise PreconditionError("AdaRound has no weights to round", hint="give grids of convolutions or linear layers")
     run = _Run(SegmentedGraph(graph_module, grids), grids, settings, folder, dict(fixed_weights or {}), len(samples))
-    return run(samples, label, report)
+    with freed_at_once():
+        return run(samples, label, report)
 
 
 def plan_adaround(graph_module: GraphModule, grids: Collection[str], settings: AdaRoundSettings, samples: int) -> Plan:
@@ -254,14 +255,12 @@ class _Run:
                 with self._timed("forward"):
                     frontiers.advance(index, self._weight)
                 self._current.clear()
-                return_freed_memory()
                 rounds.before(index)
                 committed = commits.find(fingerprints[index], group.layers, self._grids) if wanted[index] else None
                 resumed += committed is not None or not wanted[index]
                 if committed is None and wanted[index]:
                     results = self._solve(group, self.plan.groups[index], frontiers)
                     committed = commits.commit(fingerprints[index], group.layers, results)
-                    return_freed_memory()
                 if committed is not None:
                     self._done.append(committed.without(rounds.covered))
                 self._current.clear()
@@ -316,7 +315,6 @@ class _Run:
             with _scratch(self._folder / "moments") as scratch:
                 with self._timed("moments"):
                     fitted, judge = self._measure(layers, group, plan, frontiers, scratch)
-                    return_freed_memory()
                 first = 0
                 for layer, weight in zip(group.layers, weights, strict=True):
                     rows = layer.rows_of_group(part)

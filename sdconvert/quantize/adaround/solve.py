@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from sdconvert.errors import UsageError
-from sdconvert.memory import return_freed_memory
 from sdconvert.quantize.adaround.centered import CenteredMoments, Means
 from sdconvert.quantize.adaround.code_grid import CodeGrid
 from sdconvert.quantize.adaround.coordinate import Rounding
@@ -153,7 +152,6 @@ def solve(
     nearest = torch.empty_like(codes)
     scales, biases, sums = [], [], torch.zeros(3, dtype=torch.float64)
     for part in task.parts(channels):
-        return_freed_memory()
         own = grid.rows(part)
         chosen = channels.part(part)
         codes_part, own = task.round(chosen, own, damping)

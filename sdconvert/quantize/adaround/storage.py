@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from sdconvert.io.files import atomic_file
-from sdconvert.memory import apart
 
 _HALF_EXPONENT = 14  # float16 ends just below 2^16; sums of a few values still fit
 
@@ -46,21 +45,20 @@ class StoredTensor:
 
 
 def compact(tensor: Tensor, dtype: torch.dtype) -> StoredTensor:
-    """Take a tensor into memory of its own, floats as `dtype`.
+    """Take a tensor into memory, floats as `dtype`.
 
     For float16 the tensor is scaled by a power of two that brings its largest value to half of what float16 holds: no
     activation is too large, and small ones keep their eleven bits.
     """
-    own, tensor = tensor.dtype, tensor.detach()
+    own = tensor.dtype
     exponent = 0
-    if own.is_floating_point and dtype != own:
+    if not own.is_floating_point or dtype == own:
+        values = tensor.detach().clone(memory_format=torch.contiguous_format)
+    else:
         peak = float(tensor.abs().max()) if tensor.numel() else 0.0
         if math.isfinite(peak) and peak > 0:
             exponent = max(-126, min(126, _HALF_EXPONENT - math.frexp(peak)[1]))
-        tensor = tensor * 2.0**exponent
-    with apart():
-        values = torch.empty(tensor.shape, dtype=dtype if own.is_floating_point else own)
-    values.copy_(tensor)
+        values = (tensor.detach() * 2.0**exponent).to(dtype, memory_format=torch.contiguous_format)
     return StoredTensor(None, values, tuple(values.shape), values.dtype, own, exponent)
 
 

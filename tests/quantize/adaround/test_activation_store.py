@@ -114,7 +114,7 @@ def test_a_full_disk_says_so_and_loses_nothing(small_disk: Path) -> None:
 
 
 def test_memory_is_that_of_the_budget(tmp_path: Path) -> None:
-    """256 MiB of samples in 16 MiB: the process grows by the budget and a few samples, not by the data."""
+    """256 MiB of samples in 16 MiB: the process grows by the budget and one sample, not by the data."""
     code = f"""
 import pathlib, torch
 from sdconvert.memory import PeakMemory
@@ -135,4 +135,4 @@ with ActivationStore({16 * MIB}, pathlib.Path({str(tmp_path / "store")!r}), torc
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     grown, memory, disk = map(int, done.stdout.split())
     assert (memory, disk) == (16 * MIB, 240 * MIB)
-    assert grown < 64 * MIB
+    assert grown < 48 * MIB
