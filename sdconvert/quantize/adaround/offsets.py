@@ -114,7 +114,7 @@ class OffsetSums:
         return rows.view(-1, 9 * self.channels)[columns.start - 9 * first : columns.stop - 9 * first]
 
     def _buffer(self, name: str, *shape: int) -> Tensor:
-        """Memory for values that go when the next ones come: fresh pages would take longer than the work."""
+        """Memory for values that go when the next ones come."""
         size = math.prod(shape)
         if name not in self._buffers or self._buffers[name].numel() < size:
             self._buffers[name] = torch.empty(size)
