@@ -95,7 +95,7 @@ def test_a_compiler_that_is_killed_is_told_and_the_rest_goes_on(tmp_path: Path) 
     export(run, text_encoder=conv_silu_conv, unet=conv_silu_conv)
     context = stage(run)
     with ThreadPoolExecutor(1) as pool:
-        killed = pool.submit(kill_compiler, f"{context.scratch.name}/SM8650/.partial-unet-")
+        killed = pool.submit(kill_compiler, f"{context.scratch}/SM8650/.partial-unet-")
         with pytest.raises(CompileError, match=r"compiler of `unet.onnx` for SM8650 was killed by signal 9") as caught:
             compile_contexts(context)
         killed.result()
