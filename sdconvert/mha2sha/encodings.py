@@ -75,7 +75,7 @@ def split_encodings(
         keys: All parameters of the MHA form.
         inputs: Names of the graph's inputs, where activations are keyed by tensor.
         graphs: ONNX files of the MHA and of the SHA form, which place tensors that their names do not.
-        keep_ranges: Whether the record holds the ranges of rewritten layers, because the result's will be changed.
+        keep_ranges: Whether the record holds all ranges of rewritten layers, because the result's will be changed.
 
     Raises:
         EncodingsError: The file is in SHA form already, names a parameter that is not there, lacks one of a layer
@@ -97,8 +97,8 @@ def split_encodings(
     record |= {name: part for name, part in (("norms", norms), ("functional", order)) if part}
     if keep_ranges:
         record["ranges"] = {
-            "modules": {path: file.modules[path] for path in file.modules if path in module_map.children},
-            "functional": {path: file.functional[path] for path in order if path in file.functional},
+            "modules": {path: places for path, places in file.modules.items() if module_map.changes(path)},
+            "functional": {path: places for path, places in file.functional.items() if module_map.changes(path)},
         }
     split = replace(
         file,

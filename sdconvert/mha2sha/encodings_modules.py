@@ -1,5 +1,6 @@
 """Activations keyed by module, by the rule `inherit`: each head gets its parent's range."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -41,6 +42,11 @@ class ModuleMap:
         if heads is None or name not in _NORMS:
             return 1
         return heads.query if name == "norm_q" else heads.key_value
+
+    def changes(self, path: str) -> bool:
+        """Whether a module of the MHA form goes by other names, or is an attention that is cut, or a part of one."""
+        parents = itertools.accumulate(path.split("."), "{}.{}".format)
+        return path in self.children or any(parent in self.heads for parent in parents)
 
     def many(self, path: str) -> bool:
         """Whether a module's forward has several tensors in the SHA form for one of the MHA form."""
