@@ -139,13 +139,15 @@ def _array(tensor: Tensor) -> Array:
 
 
 def _factor(hessian: Tensor) -> Tensor:
-    """The lower Cholesky factor; the diagonal grows in place until float32 suffices for there to be one."""
-    while True:
-        factor: Tensor
+    """The lower Cholesky factor of a finite matrix; its diagonal grows in place until float32 suffices for one."""
+    growth = 0.01 * hessian.diagonal().mean()
+    factor, failed = torch.linalg.cholesky_ex(hessian)
+    while failed:
+        hessian.diagonal().add_(growth)
+        growth *= 2
         factor, failed = torch.linalg.cholesky_ex(hessian)
-        if not failed:
-            return factor
-        hessian.diagonal().add_(0.01 * hessian.diagonal().mean())
+    found: Tensor = factor
+    return found
 
 
 def _feed_errors_forward(target: Tensor, inverse: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Tensor:

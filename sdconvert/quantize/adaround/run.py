@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from sdconvert.errors import PreconditionError
+from sdconvert.errors import PreconditionError, UsageError
 from sdconvert.io.encodings import Encoding
 from sdconvert.memory import freed_at_once
 from sdconvert.metrics import sqnr_db
@@ -315,6 +315,7 @@ class _Run:
             with _scratch(self._folder / "moments") as scratch:
                 with self._timed("moments"):
                     fitted, judge = self._measure(layers, group, plan, frontiers, scratch)
+                _require_finite(group, fitted)
                 first = 0
                 for layer, weight in zip(group.layers, weights, strict=True):
                     rows = layer.rows_of_group(part)
@@ -403,6 +404,14 @@ class _Digest:
     def _add(self, name: str, tensor: Tensor) -> None:
         self._hash.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\0".encode())
         self._hash.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+
+
+def _require_finite(group: RoundedGroup, fitted: Measured) -> None:
+    if not fitted.moments.diagonal.isfinite().all():
+        raise UsageError(
+            f"the input of `{group.layers[0].name}` is so large that its squares are no numbers in float32",
+            hint="check the model and the calibration data in fp32",
+        )
 
 
 def _source(frontiers: Frontiers, group: RoundedGroup, samples: Sequence[int]) -> Source:

@@ -242,6 +242,12 @@ REFUSED: dict[str, tuple[list[Tensors], dict[str, Any], type[SdconvertError], st
         UsageError,
         "input of `key.weight` is not finite in calibration sample 3",
     ),
+    "squares beyond float32": (
+        broken_samples(lambda s: s[1]["text"].mul_(1e21)),
+        {},
+        UsageError,
+        "input of `key.weight` is so large",
+    ),
     "budget below a sample": (block_samples(4), {"budget_bytes": 1000}, BudgetError, "one sample takes"),
     "budget below a layer": (block_samples(4), {"budget_bytes": 350_000}, BudgetError, "`down.weight` with 288 inputs"),
 }
