@@ -31,6 +31,7 @@ def killed(samples: int, folder: Path, after_s: float) -> bool:
     process = context.Process(target=run, args=(samples, folder, writer))
     process.start()
     writer.close()
+    assert reader.poll(120), "AdaRound has not begun"
     reader.recv()
     time.sleep(after_s)
     process.kill()
