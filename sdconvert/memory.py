@@ -10,6 +10,7 @@ from typing import Any
 
 _RESET, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 _MMAP_THRESHOLD = -3  # mallopt(3): blocks of that size are no part of the heap
+_BLOCK = 1 << 20
 _LARGEST_THRESHOLD = 32 << 20  # where glibc's own one ends up in a program with large tensors
 _UNIT = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes where Linux counts KiB
 
@@ -54,11 +55,31 @@ def freed_at_once() -> Iterator[None]:
     if option is None:
         yield
         return
-    option(_MMAP_THRESHOLD, 1 << 20)
+    option(_MMAP_THRESHOLD, _BLOCK)
+    holes = _take_holes()
     try:
         yield
     finally:
+        free = ctypes.CDLL(None).free
+        for hole in holes:
+            free(ctypes.c_void_p(hole))
         option(_MMAP_THRESHOLD, _LARGEST_THRESHOLD)
+
+
+def _take_holes() -> list[int]:
+    """Allocate what the heap has free in blocks, for glibc looks there first; untouched, it takes no memory."""
+    return_freed_memory()
+    library = ctypes.CDLL(None)
+    malloc, sbrk = library.malloc, library.sbrk
+    malloc.restype, malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+    sbrk.restype, sbrk.argtypes = ctypes.c_void_p, [ctypes.c_ssize_t]
+    holes: list[int] = []
+    while True:
+        block = malloc(_BLOCK) or 0
+        if block == 0 or block > (sbrk(0) or 0):  # beside the heap: it has no room for one any more
+            library.free(ctypes.c_void_p(block))
+            return holes
+        holes.append(block)
 
 
 def _of_glibc(name: str) -> Callable[..., Any] | None:
